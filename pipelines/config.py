@@ -1,0 +1,181 @@
+"""The one configuration: a TOML file checked by pydantic; without a file, the embedded small world.
+
+Belongs here: what people choose, with its default and unit. Does not belong here: constants of a method.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+
+from pipelines.world.raw import WorldConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+WEIGHTS = ROOT / "weights"
+HOME_VARIABLE = "POLYPHONY_HOME"
+CONFIG_VARIABLE = "POLYPHONY_CONFIG"
+
+
+class ConfigError(ValueError):
+    """The configuration file is wrong; the message names the option, what was found and what is expected."""
+
+
+class _Model(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class SourceConfig(_Model):
+    """One raw dataset."""
+
+    name: str = pydantic.Field(pattern=r"^[a-z0-9_]+$", description="name in the tables and in shard keys")
+    layout: Literal["pickapic", "hpd"] = pydantic.Field(description="layout of the files")
+    location: str = pydantic.Field(description="folder of the raw files")
+    family: str = pydantic.Field("", description="prefix of annotator ids, shared by releases; the layout's name if empty")
+    records_per_shard: int = pydantic.Field(50_000, ge=1, description="JSON records per shard (layout hpd)")
+
+    @property
+    def annotator_family(self) -> str:
+        """Return the prefix of this source's annotator ids."""
+        return self.family or self.layout
+
+
+class ScorerConfig(_Model):
+    """One reward model."""
+
+    name: str = pydantic.Field(pattern=r"^[a-z0-9_.]+$", description="name of the score column and of the asset")
+    kind: Literal["pickscore", "clip"] = pydantic.Field(description="formula and preprocessing")
+    checkpoint: str = pydantic.Field(description="local folder or hub id")
+    batch_size: int = pydantic.Field(256, ge=1, description="pictures per forward")
+
+
+class BackboneConfig(_Model):
+    """The text-to-image model that is trained."""
+
+    name: str = pydantic.Field(pattern=r"^[a-z0-9_.-]+$", description="name in the tables")
+    family: Literal["tiny", "sd15", "sd21"] = pydantic.Field(description="what kind of pipeline it is")
+    checkpoint: str = pydantic.Field(description="local diffusers folder or hub id")
+    resolution: int = pydantic.Field(512, ge=8, description="pixels, square")
+
+
+class LabelsConfig(_Model):
+    """Choices about labels."""
+
+    tie_policy: Literal["drop", "human", "tie_breaker", "keep_order"] = pydantic.Field(
+        "human", description="what decides a pair on which the scorers' votes are even"
+    )
+    tie_breaker: str = pydantic.Field("", description="scorer that decides under tie_policy 'tie_breaker'")
+
+
+class TrainingConfig(_Model):
+    """Numbers a person varies without making another recipe."""
+
+    recipes: tuple[str, ...] = pydantic.Field(("diffusion_dpo", "balanced_dpo"), description="recipes of trainers/recipes.py")
+    device: str = pydantic.Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    seed: int = pydantic.Field(0, description="seed of order, timesteps and noise")
+    steps: int | None = pydantic.Field(None, ge=1, description="optimiser steps; the recipe's own if absent")
+    checkpoint_every: int = pydantic.Field(10, ge=1, description="optimiser steps between checkpoints")
+
+
+class EvaluationConfig(_Model):
+    """How models are sampled and compared."""
+
+    prompts: int = pydantic.Field(120, ge=2, description="held-out prompts, the first by id")
+    seeds: int = pydantic.Field(4, ge=1, description="samples per prompt")
+    steps: int = pydantic.Field(20, ge=1, description="DDIM steps")
+    guidance: float = pydantic.Field(3.0, ge=1.0, description="classifier-free guidance scale")
+    bootstrap: int = pydantic.Field(2_000, ge=100, description="bootstrap resamples of prompts")
+
+
+class Config(_Model):
+    """Everything. Relative paths are relative to `home`."""
+
+    home: str = pydantic.Field(description="folder of raw data, runs and, by default, the store")
+    store: str = pydantic.Field("", description="folder of the tables; <home>/store if empty")
+    world: WorldConfig | None = pydantic.Field(None, description="parameters of the small world, if it is to be written")
+    sources: tuple[SourceConfig, ...] = pydantic.Field(min_length=1)
+    scorers: tuple[ScorerConfig, ...] = pydantic.Field(min_length=1)
+    backbone: BackboneConfig
+    labels: LabelsConfig = LabelsConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _names_are_unique(self) -> Config:
+        for what, names in (("sources", [s.name for s in self.sources]), ("scorers", [s.name for s in self.scorers])):
+            if len(set(names)) < len(names):
+                raise ValueError(f"{what}: names repeat: {names}")
+        if self.labels.tie_policy == "tie_breaker" and self.labels.tie_breaker not in {s.name for s in self.scorers}:
+            raise ValueError(f"labels.tie_breaker: {self.labels.tie_breaker!r} is none of the scorers")
+        return self
+
+    @property
+    def store_location(self) -> str:
+        """Return where the tables lie."""
+        return self.store or str(Path(self.home) / "store")
+
+    @property
+    def runs_folder(self) -> Path:
+        """Return where checkpoints, logs and exported models lie."""
+        return Path(self.home) / "runs"
+
+    @property
+    def world_folder(self) -> Path:
+        """Return where the small world's raw files lie."""
+        return Path(self.home) / "world"
+
+    def source(self, name: str) -> SourceConfig:
+        """Return the source of that name."""
+        return next(s for s in self.sources if s.name == name)
+
+
+def default_home() -> Path:
+    """Return $POLYPHONY_HOME, or `.polyphony` in the repository."""
+    return Path(os.environ.get(HOME_VARIABLE) or ROOT / ".polyphony")
+
+
+def small_world(home: Path | None = None, world: WorldConfig | None = None) -> Config:
+    """Return the embedded default: the small world, its tiny reward models and its tiny backbone."""
+    home = (home or default_home()).resolve()
+    raw = home / "world"
+    return Config(
+        home=str(home),
+        world=world or WorldConfig(),
+        sources=(
+            SourceConfig(name="pickapic", layout="pickapic", location=str(raw / "pickapic")),
+            SourceConfig(name="hpd", layout="hpd", location=str(raw / "hpdv2"), records_per_shard=300),
+        ),
+        scorers=(
+            ScorerConfig(name="pickscore", kind="pickscore", checkpoint=str(WEIGHTS / "tiny-pickscore")),
+            ScorerConfig(name="clip", kind="clip", checkpoint=str(WEIGHTS / "tiny-clip")),
+        ),
+        backbone=BackboneConfig(name="tiny", family="tiny", checkpoint=str(WEIGHTS / "tiny-sd"), resolution=32),
+    )
+
+
+def load(path: str | Path | None = None) -> Config:
+    """Return the configuration in `path`, else in $POLYPHONY_CONFIG, else the small world.
+
+    Raises:
+        ConfigError: the file is missing, is not TOML, or an option is unknown or wrong.
+    """
+    chosen = path or os.environ.get(CONFIG_VARIABLE)
+    if not chosen:
+        return small_world()
+    try:
+        options = tomllib.loads(Path(chosen).read_text())
+    except OSError as error:
+        raise ConfigError(f"{chosen}: {error.strerror}; name an existing TOML file, or none for the small world") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{chosen}: not valid TOML: {error}") from error
+    options.setdefault("home", str(default_home()))
+    try:
+        return Config.model_validate(options)
+    except pydantic.ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(p) for p in e['loc']) or 'file'}: {e['msg']} (found {e.get('input')!r})" for e in error.errors()
+        )
+        raise ConfigError(f"{chosen}: {problems}") from error

@@ -1,0 +1,411 @@
+"""Every table of the store, declared once: columns, types, units, meaning, rules.
+
+Types on write, checks, the columns shown in Dagster and the data dictionary all derive from these declarations.
+Belongs here: what a table is. Does not belong here: how it is stored (`tables`) or computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import polars as pl
+
+
+class SchemaError(ValueError):
+    """A frame does not fit its table's declaration."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: polars type, meaning with unit, whether null is allowed, and the values or range allowed."""
+
+    name: str
+    dtype: pl.DataType | type[pl.DataType]
+    meaning: str
+    nullable: bool = False
+    values: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: what a row is, its columns, its key (unique within a partition) and how it is cut into files."""
+
+    name: str
+    row: str
+    columns: tuple[Column, ...]
+    key: tuple[str, ...]
+    cut_by: str
+    version: int = 1
+
+    @property
+    def polars_schema(self) -> dict[str, pl.DataType | type[pl.DataType]]:
+        """Return column name -> polars type, in the table's order."""
+        return {c.name: c.dtype for c in self.columns}
+
+    def empty(self) -> pl.DataFrame:
+        """Return a frame of this table without rows."""
+        return pl.DataFrame(schema=self.polars_schema)
+
+    def conform(self, frame: pl.DataFrame) -> pl.DataFrame:
+        """Return `frame` with exactly this table's columns, order and types, its rules checked.
+
+        Raises:
+            SchemaError: a column is missing, unknown, of another type, or breaks its rule (null, value, range, NaN).
+        """
+        expected, found = [c.name for c in self.columns], frame.columns
+        if missing := [c for c in expected if c not in found]:
+            raise SchemaError(f"table {self.name}: missing columns {missing}; expected {expected}, found {found}")
+        if extra := [c for c in found if c not in expected]:
+            raise SchemaError(f"table {self.name}: unknown columns {extra}; declare them in pipelines/schemas.py")
+        try:
+            frame = frame.select(pl.col(c.name).cast(c.dtype, strict=True) for c in self.columns)
+        except (pl.exceptions.InvalidOperationError, pl.exceptions.ComputeError) as error:
+            raise SchemaError(f"table {self.name}: a column has another type than declared: {error}") from error
+        for column in self.columns:
+            self._check(column, frame[column.name])
+        return frame
+
+    def _check(self, column: Column, values: pl.Series) -> None:
+        where = f"table {self.name}, column {column.name}"
+        if not column.nullable and values.null_count():
+            raise SchemaError(f"{where}: {values.null_count()} nulls, none allowed")
+        if values.dtype.is_float() and values.is_nan().any():
+            raise SchemaError(f"{where}: {int(values.is_nan().sum())} NaN; an unknown number is null, with a status")
+        if column.values and (odd := set(values.drop_nulls().unique()) - set(column.values)):
+            raise SchemaError(f"{where}: found {sorted(odd)}, allowed {list(column.values)}")
+        if column.low is not None and (values < column.low).any():
+            raise SchemaError(f"{where}: minimum {values.min()} is below {column.low}")
+        if column.high is not None and (values > column.high).any():
+            raise SchemaError(f"{where}: maximum {values.max()} is above {column.high}")
+
+
+VOTE_STATUSES = ("ok", "unlabelled", "invalid_label", "no_prompt", "no_image", "same_image", "duplicate_of")
+IMAGE_STATUSES = ("ok", "no_bytes", "unreadable", "truncated", "too_large")
+SCORE_STATUSES = ("ok", "no_bytes", "unreadable", "truncated", "too_large", "undecodable")
+SPLITS = ("train", "validation", "test")
+
+_PROMPT_ID = Column("prompt_id", pl.String, "prompt, by its normalised text")
+_IMAGE_ID = Column("image_id", pl.String, "image, by its bytes (by its uid where a source has no bytes)")
+_PAIR_KEYS = (
+    Column("pair_id", pl.String, "pair of images of one prompt, whatever the order shown"),
+    _PROMPT_ID,
+    Column("image_0_id", pl.String, "first image in id order"),
+    Column("image_1_id", pl.String, "second image in id order"),
+)
+_PROBABILITY = {"low": 0.0, "high": 1.0}
+
+VOTES = Table(
+    "votes",
+    "human judgement of a pair, as recorded",
+    (
+        Column("vote_id", pl.String, "vote, by source, source_row and rater"),
+        *(Column(c.name, c.dtype, c.meaning, nullable=True) for c in _PAIR_KEYS),
+        Column("source", pl.String, "name of the source in the configuration"),
+        Column("source_row", pl.String, "where the row stands in the source: file and row"),
+        Column("rater", pl.Int32, "which vote of the source's row (raters and pairs of a ranking)"),
+        Column("annotator_id", pl.String, "'<family>:<id>'; null where unknown", nullable=True),
+        Column("label_0", pl.Float64, "preference for image_0: 1, 0.5 (tie) or 0", nullable=True, **_PROBABILITY),
+        Column("count", pl.Int64, "how many people this row counts for", low=1),
+        Column("group_id", pl.String, "ranking or session; rows of one group are not independent", nullable=True),
+        Column("was_swapped", pl.Boolean, "image_0 was displayed second", nullable=True),
+        Column("model_0", pl.String, "generator of image_0", nullable=True),
+        Column("model_1", pl.String, "generator of image_1", nullable=True),
+        Column("created_at", pl.Datetime("us"), "time of the vote, UTC", nullable=True),
+        Column("split", pl.String, "split that the source names", values=SPLITS),
+        Column("status", pl.String, "'ok', or why the vote does not count", values=VOTE_STATUSES),
+        Column("reason", pl.String, "details of the status", nullable=True),
+    ),
+    key=("vote_id",),
+    cut_by="shard",
+)
+IMAGES = Table(
+    "images",
+    "distinct image of a shard",
+    (
+        _IMAGE_ID,
+        Column("sha256", pl.String, "full digest of the bytes", nullable=True),
+        Column("bytes", pl.Binary, "encoded image as the source has it", nullable=True),
+        Column("width", pl.Int32, "pixels", nullable=True),
+        Column("height", pl.Int32, "pixels", nullable=True),
+        Column("format", pl.String, "JPEG, PNG, ...", nullable=True),
+        Column("source_uid", pl.String, "the source's own name of the image", nullable=True),
+        Column("status", pl.String, "of the header; pixels are decoded at scoring", values=IMAGE_STATUSES),
+        Column("reason", pl.String, "details of the status", nullable=True),
+    ),
+    key=("image_id",),
+    cut_by="shard",
+)
+PROMPTS = Table(
+    "prompts", "distinct prompt of a shard", (_PROMPT_ID, Column("prompt", pl.String, "normalised text")), ("prompt_id",), "shard"
+)
+_OWNER = Column("owner", pl.String, "shard that scores and caches it")
+CATALOGUE_IMAGES = Table("catalogue_images", "image of the store", (_IMAGE_ID, _OWNER), ("image_id",), "whole")
+CATALOGUE_PROMPTS = Table(
+    "catalogue_prompts",
+    "prompt of the store",
+    (
+        _PROMPT_ID,
+        Column("prompt", pl.String, "normalised text"),
+        Column("split", pl.String, "one per prompt: test before validation before train", values=SPLITS),
+        Column("is_conflict", pl.Boolean, "sources name several splits for it"),
+    ),
+    ("prompt_id",),
+    "whole",
+)
+CATALOGUE_SCORABLES = Table(
+    "catalogue_scorables", "(image, prompt) to score", (_IMAGE_ID, _PROMPT_ID, _OWNER), ("image_id", "prompt_id"), "whole"
+)
+CATALOGUE_DUPLICATES = Table(
+    "catalogue_duplicates",
+    "vote that repeats another vote of another shard",
+    (
+        Column("vote_id", pl.String, "the repeated vote, not to be counted"),
+        Column("duplicate_of", pl.String, "vote_id of the one that counts"),
+    ),
+    ("vote_id",),
+    "whole",
+)
+SCORES = Table(
+    "scores",
+    "(image, prompt) and reward model",
+    (
+        _IMAGE_ID,
+        _PROMPT_ID,
+        Column("score", pl.Float32, "the reward model's published score; null unless status is ok", nullable=True),
+        Column("status", pl.String, "'ok', or why there is no score", values=SCORE_STATUSES),
+        Column("reason", pl.String, "details of the status", nullable=True),
+    ),
+    key=("image_id", "prompt_id"),
+    cut_by="scorer/revision/shard",
+)
+CALIBRATION = Table(
+    "calibration",
+    "scorer, and fold of prompts left out",
+    (
+        Column("scorer", pl.String, "reward model, or 'ensemble'"),
+        Column("fold", pl.Int8, "prompts with this fold were left out of the fit; -1: none"),
+        Column("slope", pl.Float64, "a of p = sigmoid(a * d), d the difference of scores (z-logit for the ensemble)"),
+        Column("weight", pl.Float64, "weight of z = d / rms in the ensemble's logit", nullable=True),
+        Column("rms", pl.Float64, "root mean square of d over pairs", nullable=True, low=0.0),
+        Column("min", pl.Float64, "smallest score", nullable=True),
+        Column("max", pl.Float64, "largest score", nullable=True),
+        Column("accuracy", pl.Float64, "agreement with decided human votes, equal scores half", nullable=True, **_PROBABILITY),
+        Column("votes", pl.Int64, "decided votes that it rests on"),
+    ),
+    key=("scorer", "fold"),
+    cut_by="whole",
+)
+CONSENSUS = Table(
+    "consensus",
+    "pair",
+    (
+        *_PAIR_KEYS,
+        Column("votes_0", pl.Int32, "voters for image_0"),
+        Column("votes_1", pl.Int32, "voters for image_1"),
+        Column("voters", pl.Int32, "scorers that could vote"),
+        Column("agreement", pl.Float64, "|sum of votes in {-1, 0, 1}| / voters", nullable=True, **_PROBABILITY),
+        Column("consensus_label_0", pl.Float64, "majority after the tie policy; null: undecided", nullable=True, **_PROBABILITY),
+        Column("decided_by", pl.String, "majority, the tie policy that decided, or none"),
+    ),
+    key=("pair_id",),
+    cut_by="whole",
+)
+SMOOTHED = Table(
+    "smoothed",
+    "pair",
+    (
+        *_PAIR_KEYS,
+        Column("p_smpo", pl.Float64, "softmax preference for image_0 from PickScore's range (SmPO)", nullable=True, **_PROBABILITY),
+        Column("p_ensemble", pl.Float64, "calibrated ensemble preference for image_0, cross-fitted by prompt", nullable=True, **_PROBABILITY),
+        Column("p_linear", pl.Float64, "mean of the scorers' calibrated preferences", nullable=True, **_PROBABILITY),
+        Column("p_log", pl.Float64, "sigmoid of the mean of the scorers' calibrated logits", nullable=True, **_PROBABILITY),
+        Column("z_mean", pl.Float64, "mean of the scorers' standardised differences", nullable=True),
+        Column("z_std", pl.Float64, "their standard deviation (unbiased)", nullable=True),
+    ),
+    key=("pair_id",),
+    cut_by="whole",
+)
+MINORITY = Table(
+    "minority",
+    "decided vote",
+    (
+        Column("vote_id", pl.String, "vote"),
+        Column("pair_id", pl.String, "pair"),
+        Column("confidence", pl.Float64, "c = |mean_m sigmoid(z_m) - 1|, reward models as annotators", nullable=True, **_PROBABILITY),
+        Column("stability", pl.Float64, "v = min(std_m(z_m), 1)", nullable=True, **_PROBABILITY),
+        Column("metric", pl.Float64, "u = c * v", nullable=True, **_PROBABILITY),
+        Column("minority_score", pl.Float64, "1 - p(recorded label) under the cross-fitted ensemble", nullable=True, **_PROBABILITY),
+        Column("others", pl.Int64, "decided votes of other raters on the pair"),
+        Column("share_against", pl.Float64, "share of those others that chose the other image", nullable=True, **_PROBABILITY),
+    ),
+    key=("vote_id",),
+    cut_by="whole",
+)
+PREFERENCES = Table(
+    "preferences",
+    "pair, everything joined",
+    (
+        *_PAIR_KEYS,
+        Column("prompt", pl.String, "normalised text"),
+        Column("split", pl.String, "resolved split of the prompt", values=SPLITS),
+        Column("sources", pl.String, "sources that hold votes on it, joined by '+'"),
+        Column("n_votes", pl.Int64, "votes that count (status ok, no duplicate)"),
+        Column("human_label_0", pl.Float64, "mean of those votes", nullable=True, **_PROBABILITY),
+        Column("minority_share", pl.Float64, "share of decided votes on the smaller side; null below 3 votes", nullable=True, **_PROBABILITY),
+        Column("confidence", pl.Float64, "c of the humans' side", nullable=True, **_PROBABILITY),
+        Column("stability", pl.Float64, "v of the humans' side", nullable=True, **_PROBABILITY),
+        Column("metric", pl.Float64, "u of the humans' side", nullable=True, **_PROBABILITY),
+        Column("minority_score", pl.Float64, "1 - p of the humans' side", nullable=True, **_PROBABILITY),
+        Column("consensus_label_0", pl.Float64, "majority vote of the scorers", nullable=True, **_PROBABILITY),
+        Column("agreement", pl.Float64, "how united the scorers are", nullable=True, **_PROBABILITY),
+        Column("decided_by", pl.String, "what decided the consensus", nullable=True),
+        Column("p_smpo", pl.Float64, "smoothed preference for image_0 (SmPO)", nullable=True, **_PROBABILITY),
+        Column("p_ensemble", pl.Float64, "calibrated ensemble preference for image_0", nullable=True, **_PROBABILITY),
+        Column("scores_0", pl.String, "scores of image_0 by scorer, JSON"),
+        Column("scores_1", pl.String, "scores of image_1 by scorer, JSON"),
+        Column("excluded_because", pl.String, "why no model may train on the pair; null: it may", nullable=True),
+    ),
+    key=("pair_id",),
+    cut_by="whole",
+)
+LATENTS = Table(
+    "latents",
+    "image encoded by a backbone's autoencoder",
+    (
+        _IMAGE_ID,
+        Column("mean", pl.Binary, "float16 [4, H/8, W/8], C order, unscaled"),
+        Column("log_variance", pl.Binary, "float16, same shape"),
+        Column("height", pl.Int32, "of the latent, cells"),
+        Column("width", pl.Int32, "of the latent, cells"),
+    ),
+    key=("image_id",),
+    cut_by="backbone/shard",
+)
+PROMPT_EMBEDDINGS = Table(
+    "prompt_embeddings",
+    "prompt encoded by a backbone's text encoder",
+    (
+        _PROMPT_ID,
+        Column("embedding", pl.Binary, "float16 [tokens, width], C order"),
+        Column("tokens", pl.Int32, "length"),
+        Column("width", pl.Int32, "channels"),
+    ),
+    key=("prompt_id",),
+    cut_by="backbone",
+)
+TRAINING_METRICS = Table(
+    "training_metrics",
+    "optimiser step of a run",
+    (
+        Column("step", pl.Int64, "optimiser steps done"),
+        Column("loss", pl.Float64, "mean over the pairs of the step"),
+        Column("implicit_accuracy", pl.Float64, "share of the step's pairs with margin s > 0, ties half", **_PROBABILITY),
+        Column("margin", pl.Float64, "mean s"),
+        Column("gradient_norm", pl.Float64, "L2, before clipping"),
+        Column("pairs_per_second", pl.Float64, "speed"),
+    ),
+    key=("step",),
+    cut_by="recipe",
+)
+HELD_OUT = Table(
+    "held_out",
+    "held-out pair under a trained model",
+    (
+        Column("pair_id", pl.String, "pair of a validation or test prompt"),
+        _PROMPT_ID,
+        Column("margin", pl.Float64, "mean s over the draws, reference = base model, winner = humans' side"),
+        Column("accuracy", pl.Float64, "share of the draws with s > 0, ties half", **_PROBABILITY),
+        Column("draws", pl.Int32, "(timestep, noise) draws"),
+    ),
+    key=("pair_id",),
+    cut_by="recipe",
+)
+SAMPLES = Table(
+    "samples",
+    "picture that a model made",
+    (
+        _PROMPT_ID,
+        Column("prompt", pl.String, "text"),
+        Column("seed", pl.Int64, "of the initial noise; the same for every model"),
+        _IMAGE_ID,
+        Column("bytes", pl.Binary, "PNG"),
+    ),
+    key=("prompt_id", "seed"),
+    cut_by="model",
+)
+EVALUATIONS = Table(
+    "evaluations",
+    "(model, prompt, seed, scorer)",
+    (
+        _PROMPT_ID,
+        Column("seed", pl.Int64, "of the initial noise"),
+        Column("scorer", pl.String, "reward model; in the small world also taste:<name> and fidelity"),
+        Column("score", pl.Float64, "score of the sample"),
+    ),
+    key=("prompt_id", "seed", "scorer"),
+    cut_by="model",
+)
+LEADERBOARD = Table(
+    "leaderboard",
+    "(model, scorer) against the base model",
+    (
+        Column("model", pl.String, "recipe"),
+        Column("scorer", pl.String, "what judges; 'held-out pairs' for the implicit accuracy"),
+        Column("samples", pl.Int64, "pairs of samples compared"),
+        Column("prompts", pl.Int64, "distinct prompts: what the bootstrap resamples"),
+        Column("base_mean", pl.Float64, "mean score of the base", nullable=True),
+        Column("model_mean", pl.Float64, "mean score of the model"),
+        Column("gain", pl.Float64, "mean paired gain, in the scorer's unit", nullable=True),
+        Column("gain_low", pl.Float64, "2.5 % bootstrap quantile", nullable=True),
+        Column("gain_high", pl.Float64, "97.5 % bootstrap quantile", nullable=True),
+        Column("gain_sd", pl.Float64, "gain / standard deviation of the base's scores", nullable=True),
+        Column("gain_sd_low", pl.Float64, "2.5 % bootstrap quantile", nullable=True),
+        Column("gain_sd_high", pl.Float64, "97.5 % bootstrap quantile", nullable=True),
+        Column("win_rate", pl.Float64, "share of samples that beat the base's, ties half", **_PROBABILITY),
+        Column("win_rate_low", pl.Float64, "2.5 % bootstrap quantile", **_PROBABILITY),
+        Column("win_rate_high", pl.Float64, "97.5 % bootstrap quantile", **_PROBABILITY),
+    ),
+    key=("model", "scorer"),
+    cut_by="whole",
+)
+
+TABLES: dict[str, Table] = {
+    t.name: t
+    for t in (
+        VOTES,
+        IMAGES,
+        PROMPTS,
+        CATALOGUE_IMAGES,
+        CATALOGUE_PROMPTS,
+        CATALOGUE_SCORABLES,
+        CATALOGUE_DUPLICATES,
+        SCORES,
+        CALIBRATION,
+        CONSENSUS,
+        SMOOTHED,
+        MINORITY,
+        PREFERENCES,
+        LATENTS,
+        PROMPT_EMBEDDINGS,
+        TRAINING_METRICS,
+        HELD_OUT,
+        SAMPLES,
+        EVALUATIONS,
+        LEADERBOARD,
+    )
+}
+
+
+def data_dictionary() -> str:
+    """Return the data dictionary of all tables as Markdown."""
+    lines = ["# Data dictionary", ""]
+    for table in TABLES.values():
+        lines += [f"## {table.name}", "", f"One row per {table.row}. Key: {', '.join(table.key)}. Cut by: {table.cut_by}.", ""]
+        lines += ["| column | type | null | meaning |", "|---|---|---|---|"]
+        for c in table.columns:
+            meaning = c.meaning + (f" ({', '.join(c.values)})" if c.values else "")
+            lines.append(f"| {c.name} | {c.dtype} | {'yes' if c.nullable else 'no'} | {meaning.replace('|', '&#124;')} |")
+        lines.append("")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Reward models behind one protocol. Belongs here: (image, prompt) -> number. Not: what the number decides (`labels`)."""

@@ -1,0 +1,194 @@
+"""Scores what a shard owns: every image is decoded once for all scorers, every prompt encoded once per scorer.
+
+Belongs here: the walk over a shard, statuses, activation of a revision. Does not belong here: a model's mathematics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import polars as pl
+import pyarrow.parquet as pq
+
+from pipelines import images, schemas
+from pipelines.config import Config, ScorerConfig
+from pipelines.identity import fingerprint
+from pipelines.scoring import checkpoints
+from pipelines.tables import Built, Store, StoreError
+
+CODE_VERSION = "1"
+Progress = Callable[[str], None]
+
+
+def partition(scorer: str, revision: str, shard_key: str) -> str:
+    """Return where a scorer's scores of a shard lie below `scores/`."""
+    return f"{scorer}/revision={revision}/{shard_key}"
+
+
+def score_shard(
+    store: Store,
+    shard_key: str,
+    scorers: list[ScorerConfig],
+    *,
+    device: str = "cpu",
+    models: dict[str, Any] | None = None,
+    progress: Progress = lambda message: None,
+) -> dict[str, Built]:
+    """Score the (image, prompt) pairs that a shard owns with every given scorer; return what was built, by scorer.
+
+    `models` keeps loaded models between shards; a model is loaded only if something is to be scored.
+
+    Raises:
+        checkpoints.CheckpointError: a checkpoint is missing.
+        tables.StoreError: the shard is not ingested or there is no catalogue.
+    """
+    models = {} if models is None else models
+    image_manifest = store.require("images", shard_key)
+    store.require("catalogue_scorables")
+    owned = (
+        store.scan(schemas.CATALOGUE_SCORABLES)
+        .filter(pl.col("owner") == shard_key)
+        .join(store.scan(schemas.CATALOGUE_PROMPTS).select("prompt_id", "prompt"), on="prompt_id")
+        .sort("image_id", "prompt_id")
+        .collect()
+    )
+    # Only what this shard owns enters the fingerprint: a new shard elsewhere leaves these scores as they are.
+    wanted = fingerprint(rows=owned.select("image_id", "prompt_id").rows(), images=image_manifest.content)
+    marks, built, due = {}, {}, []
+    for scorer in scorers:
+        revision = checkpoints.revision(scorer)
+        where = partition(scorer.name, revision, shard_key)
+        marks[scorer.name] = (
+            where,
+            fingerprint(code_version=CODE_VERSION, version=schemas.SCORES.version, rows=wanted, revision=revision),
+        )
+        existing = store.manifest("scores", where)
+        if existing is not None and existing.fingerprint == marks[scorer.name][1]:
+            built[scorer.name] = Built(existing, True)
+        else:
+            due.append(scorer)
+    if not due:
+        return built
+
+    for scorer in due:
+        if scorer.name not in models:
+            models[scorer.name] = load(scorer, device)
+    active = [models[s.name] for s in due]
+    frames: dict[str, list[pl.DataFrame]] = {s.name: [] for s in due}
+    done = 0
+    for frame in _score(store.data_path("images", shard_key), owned, active, min(s.batch_size for s in due)):
+        for name, part in frame.items():
+            frames[name].append(part)
+            done += len(part)
+        progress(f"{shard_key}: {done}/{len(owned) * len(due)} scores")
+    for model in active:
+        where, mark = marks[model.name]
+        table = pl.concat(frames[model.name]) if frames[model.name] else schemas.SCORES.empty()
+        if len(table) != len(owned):
+            raise RuntimeError(f"{shard_key}, {model.name}: {len(owned)} scores wanted, {len(table)} accounted for")
+        manifest = store.write(
+            schemas.SCORES,
+            table.sort("image_id", "prompt_id"),
+            partition=where,
+            made_from=mark,
+            inputs={f"images/{shard_key}": image_manifest.content},
+            extra=model.facts,
+        )
+        built[model.name] = Built(manifest, False)
+    return built
+
+
+def load(scorer: ScorerConfig, device: str) -> Any:
+    """Load one scorer's model."""
+    from pipelines.scoring.clip import ClipScorer
+
+    return ClipScorer(scorer, device)
+
+
+def _image_rows(path: str, batch: int) -> Iterator[list[tuple[str, bytes | None, str, str | None]]]:
+    with pq.ParquetFile(path) as file:
+        for part in file.iter_batches(batch, columns=["image_id", "bytes", "status", "reason"]):
+            yield [tuple(row.values()) for row in part.to_pylist()]
+
+
+def _score(path: str, owned: pl.DataFrame, models: list[Any], batch: int) -> Iterator[dict[str, pl.DataFrame]]:
+    """Yield, per batch of images, a frame of scores per model."""
+    import torch
+
+    prompts: dict[str, list[tuple[str, str]]] = {}
+    for image_id, prompt_id, prompt in owned.select("image_id", "prompt_id", "prompt").iter_rows():
+        prompts.setdefault(image_id, []).append((prompt_id, prompt))
+    preparers = {m.preprocessing: m.prepare for m in models}
+
+    def decode(row: tuple) -> tuple[dict[str, Any] | None, str, str | None]:
+        _, data, status, reason = row
+        if status != "ok":
+            return None, status, reason
+        try:
+            image = images.decode_rgb(data)
+        except images.UndecodableImage as error:
+            return None, "undecodable", str(error)
+        return {key: prepare(image) for key, prepare in preparers.items()}, "ok", None
+
+    with ThreadPoolExecutor(2) as pool:
+        for rows in _image_rows(path, batch):
+            rows = [r for r in rows if r[0] in prompts]
+            if not rows:
+                continue
+            decoded = list(pool.map(decode, rows))
+            good = [(r[0], d[0]) for r, d in zip(rows, decoded, strict=True) if d[0] is not None]
+            bad = [
+                (r[0], prompt_id, None, status, reason)
+                for r, (prepared, status, reason) in zip(rows, decoded, strict=True)
+                if prepared is None
+                for prompt_id, _ in prompts[r[0]]
+            ]
+            pairs = [(i, image_id, *p) for i, (image_id, _) in enumerate(good) for p in prompts[image_id]]
+            result = {}
+            for model in models:
+                scored = []
+                if pairs:
+                    tensors = torch.stack([d[model.preprocessing] for _, d in good])
+                    for start in range(0, len(pairs), batch):
+                        part = pairs[start : start + batch]
+                        values = model.score(tensors[[p[0] for p in part]], [p[3] for p in part])
+                        scored += [(p[1], p[2], float(v), "ok", None) for p, v in zip(part, values, strict=True)]
+                result[model.name] = pl.DataFrame(scored + bad, schema=schemas.SCORES.polars_schema, orient="row")
+            yield result
+
+
+def activate(store: Store, config: Config, shard_keys: list[str]) -> dict[str, str]:
+    """Make the present revisions the active ones if every shard is scored; return scorer -> revision.
+
+    Raises:
+        StoreError: a shard lacks scores of a revision.
+    """
+    revisions = {s.name: checkpoints.revision(s) for s in config.scorers}
+    for name, revision in revisions.items():
+        missing = [k for k in shard_keys if store.manifest("scores", partition(name, revision, k)) is None]
+        if missing:
+            raise StoreError(f"scores of {name} revision {revision}: shards {missing[:5]} are missing; score them first")
+    if store.current_revisions() != revisions:
+        import json
+
+        store.publish("scores/current.json", json.dumps({"revisions": revisions}, indent=1).encode())
+    return revisions
+
+
+def current_scores(store: Store, scorers: list[str], shard_keys: list[str]) -> pl.LazyFrame:
+    """Return the active revisions' scores: scorer, image_id, prompt_id, score, status, reason.
+
+    Raises:
+        StoreError: a scorer has no active revision.
+    """
+    current = store.current_revisions()
+    if missing := [s for s in scorers if s not in current]:
+        raise StoreError(f"{store.location}: no active scores of {missing}; score all shards first")
+    return pl.concat(
+        store.scan(schemas.SCORES, partitions=[partition(s, current[s], k) for k in shard_keys]).select(
+            pl.lit(s).alias("scorer"), "image_id", "prompt_id", "score", "status", "reason"
+        )
+        for s in scorers
+    )

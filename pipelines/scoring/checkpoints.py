@@ -1,0 +1,67 @@
+"""Where a reward model's files lie and which revision they are; needs no torch, so that staleness is cheap to ask.
+
+Belongs here: files and their digests. Does not belong here: loading weights into a model.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+
+from pipelines.config import ScorerConfig
+from pipelines.identity import fingerprint
+
+PREPROCESSING_VERSION = {"pickscore": "rgb,shortest-bicubic-pil,crop-floor:1", "clip": "rgb,shortest-bicubic-pil,crop-floor:1"}
+CLIP_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json")
+REVISION_CHARACTERS = 12
+
+
+class CheckpointError(FileNotFoundError):
+    """A checkpoint, or a file of it, is missing; the message names it and the command that fetches or makes it."""
+
+
+def resolve(scorer: ScorerConfig) -> Path:
+    """Return the local folder of a scorer's checkpoint, fetching it if it is a hub id.
+
+    Raises:
+        CheckpointError: the folder or one of its files is missing.
+    """
+    folder = Path(scorer.checkpoint)
+    looks_local = folder.is_absolute() or scorer.checkpoint.startswith(".") or folder.exists()
+    if not looks_local:
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(scorer.checkpoint))
+        except Exception as error:
+            raise CheckpointError(
+                f"scorer {scorer.name!r}: {scorer.checkpoint!r} is neither a local folder nor to be had from the hub "
+                f"({type(error).__name__}: {error}); run `hf download {scorer.checkpoint} --local-dir FOLDER` where the "
+                f"hub can be reached and set the scorer's checkpoint to FOLDER"
+            ) from error
+    missing = [f for f in CLIP_FILES if not (folder / f).exists()]
+    if missing:
+        raise CheckpointError(
+            f"scorer {scorer.name!r}: {folder / missing[0]} is missing; expected {list(CLIP_FILES)}. The small world's "
+            f"models are made by `python -m trainers.world_models`, published ones fetched by `hf download`"
+        )
+    return folder
+
+
+@functools.lru_cache(maxsize=64)
+def _digest(path: Path, size: int, modified_ns: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def revision(scorer: ScorerConfig) -> str:
+    """Return 12 hex characters: weights, tokenizer and configuration files, and our preprocessing's version."""
+    folder = resolve(scorer)
+    stats = {f: (folder / f).stat() for f in CLIP_FILES}
+    digests = {f: _digest(folder / f, s.st_size, s.st_mtime_ns) for f, s in stats.items()}
+    mark = fingerprint(files=digests, kind=scorer.kind, preprocessing=PREPROCESSING_VERSION[scorer.kind])
+    return mark[:REVISION_CHARACTERS]

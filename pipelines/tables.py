@@ -1,0 +1,318 @@
+"""The store: parquet files that become visible by one atomic act, and the manifests that commit them.
+
+    <store>/<table>/<partition>.parquet                a file, complete or absent
+    <store>/_manifests/<table>/<partition>.json        its commit: readers trust manifests
+
+A partition is a relative path such as 'all', '<shard>' or 'pickscore/revision=0123456789ab/<shard>'.
+Belongs here: reading, writing, committing, reusing. Does not belong here: what a table holds (`schemas`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines import schemas
+from pipelines.identity import fingerprint
+
+WHOLE = "all"
+"""Partition of a table that is not cut."""
+
+
+class StoreError(RuntimeError):
+    """The store lacks something that a step needs; the message says what to run."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The commit of one partition. `fingerprint` is of what it was made from, `content` is the file's sha256."""
+
+    table: str
+    partition: str
+    fingerprint: str
+    content: str
+    rows: int
+    bytes: int
+    schema_version: int
+    seconds: float
+    written_at: float
+    rows_by_status: dict[str, int] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a step returns: the committed partition and whether it lay there already."""
+
+    manifest: Manifest
+    is_reused: bool
+
+
+class Store:
+    """A folder of tables: a local path or an fsspec URL."""
+
+    def __init__(self, location: str) -> None:
+        self.location = location
+        self._fs, self._root = fsspec.core.url_to_fs(location)
+        self.is_local = "file" in ([self._fs.protocol] if isinstance(self._fs.protocol, str) else self._fs.protocol)
+
+    def __repr__(self) -> str:
+        return f"Store({self.location!r})"
+
+    def path(self, *parts: str) -> str:
+        """Return the path of a file of the store, as polars and DuckDB read it."""
+        path = "/".join([self._root, *parts])
+        return path if self.is_local else self._fs.unstrip_protocol(path)
+
+    def data_path(self, table: str, partition: str = WHOLE) -> str:
+        """Return the path of a partition's parquet file."""
+        return self.path(table, f"{partition}.parquet")
+
+    # --- small files -------------------------------------------------------------------------------------------
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """Return a JSON file of the store, or None if it is not there."""
+        try:
+            return json.loads(self._fs.cat_file(f"{self._root}/{name}"))
+        except FileNotFoundError:
+            return None
+
+    def publish(self, name: str, content: bytes | Path) -> None:
+        """Make one file visible at once: fsync and rename on a local disk, one completed upload elsewhere."""
+        target = f"{self._root}/{name}"
+        if not self.is_local:
+            self._fs.pipe_file(target, content) if isinstance(content, bytes) else self._fs.put_file(str(content), target)
+            return
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            staged = self._staging_file()
+            staged.write_bytes(content)
+        else:
+            staged = content
+        with staged.open("rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(staged, target)
+        folder = os.open(Path(target).parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def _staging_file(self) -> Path:
+        folder = Path(self._root) / "_staging" if self.is_local else Path(tempfile.gettempdir())
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=folder, suffix=".staged")
+        os.close(handle)
+        return Path(name)
+
+    # --- tables ------------------------------------------------------------------------------------------------
+
+    def write(
+        self,
+        table: schemas.Table,
+        frames: pl.DataFrame | Iterable[pl.DataFrame],
+        *,
+        partition: str = WHOLE,
+        made_from: str,
+        inputs: Mapping[str, str] | None = None,
+        extra: Mapping[str, Any] | None = None,
+        started: float | None = None,
+    ) -> Manifest:
+        """Write one partition and commit it.
+
+        `frames` may be an iterator: each frame is checked, written and forgotten, so that memory does not grow.
+
+        Raises:
+            schemas.SchemaError: a frame does not fit the table, or a key repeats. Nothing becomes visible.
+        """
+        started = time.monotonic() if started is None else started
+        staged = self._staging_file()
+        statuses: dict[str, int] = {}
+        keys: list[pl.DataFrame] = []
+        try:
+            writer = None
+            for frame in [frames] if isinstance(frames, pl.DataFrame) else frames:
+                checked = table.conform(frame)
+                keys.append(checked.select(table.key))
+                if "status" in checked.columns:
+                    for status, n in checked["status"].value_counts().iter_rows():
+                        statuses[status] = statuses.get(status, 0) + n
+                arrow = checked.to_arrow(compat_level=pl.CompatLevel.oldest())
+                if writer is None:
+                    writer = pq.ParquetWriter(staged, arrow.schema, compression="zstd")
+                writer.write_table(arrow, row_group_size=_row_group_size(arrow))
+            if writer is None:
+                arrow = table.empty().to_arrow(compat_level=pl.CompatLevel.oldest())
+                writer = pq.ParquetWriter(staged, arrow.schema, compression="zstd")
+                writer.write_table(arrow)
+            writer.close()
+            rows = sum(len(k) for k in keys)
+            if keys and (repeated := rows - pl.concat(keys).n_unique()):
+                raise schemas.SchemaError(
+                    f"table {table.name}, partition {partition}: {repeated} rows repeat the key {list(table.key)}"
+                )
+            content = _sha256(staged)
+            size = staged.stat().st_size
+            self.publish(f"{table.name}/{partition}.parquet", staged)
+        finally:
+            staged.unlink(missing_ok=True)
+        manifest = Manifest(
+            table=table.name,
+            partition=partition,
+            fingerprint=made_from,
+            content=content,
+            rows=rows,
+            bytes=size,
+            schema_version=table.version,
+            seconds=round(time.monotonic() - started, 3),
+            written_at=round(time.time(), 3),
+            rows_by_status=dict(sorted(statuses.items())),
+            inputs=dict(inputs or {}),
+            extra=dict(extra or {}),
+        )
+        self.publish(f"_manifests/{table.name}/{partition}.json", json.dumps(asdict(manifest), indent=1).encode())
+        return manifest
+
+    def manifest(self, table: str, partition: str = WHOLE) -> Manifest | None:
+        """Return the commit of a partition, or None if it is not committed or its file is gone."""
+        found = self.read_json(f"_manifests/{table}/{partition}.json")
+        if found is None or not self._fs.exists(f"{self._root}/{table}/{partition}.parquet"):
+            return None
+        return Manifest(**found)
+
+    def require(self, table: str, partition: str = WHOLE) -> Manifest:
+        """Return the commit of a partition.
+
+        Raises:
+            StoreError: it is not there; the message says so and how partitions of that table come to be.
+        """
+        manifest = self.manifest(table, partition)
+        if manifest is None:
+            raise StoreError(
+                f"{self.location}: table {table!r} has no partition {partition!r}; materialize it first "
+                f"(`python -m pipelines run`, or the asset in Dagster)"
+            )
+        return manifest
+
+    def manifests(self, table: str, below: str = "") -> list[Manifest]:
+        """Return the commits of all partitions of a table (of those whose path starts with `below`), sorted."""
+        folder = f"{self._root}/_manifests/{table}"
+        try:
+            # A listing may be cached by fsspec; commits of other processes must be seen.
+            self._fs.invalidate_cache()
+            names = self._fs.find(folder)
+        except FileNotFoundError:
+            return []
+        prefix = self._fs._strip_protocol(folder)
+        partitions = sorted(n[len(prefix) + 1 : -len(".json")] for n in names if n.endswith(".json"))
+        return [m for p in partitions if p.startswith(below) and (m := self.manifest(table, p)) is not None]
+
+    def scan(self, table: schemas.Table, below: str = "", partitions: Iterable[str] | None = None) -> pl.LazyFrame:
+        """Return all committed rows of a table (of the partitions named, or of those below a path) as a LazyFrame."""
+        names = [m.partition for m in self.manifests(table.name, below)] if partitions is None else list(partitions)
+        if not names:
+            return table.empty().lazy()
+        return pl.scan_parquet([self.data_path(table.name, p) for p in names])
+
+    def read(self, table: schemas.Table, partition: str = WHOLE) -> pl.DataFrame:
+        """Return one committed partition.
+
+        Raises:
+            StoreError: it is not there.
+        """
+        self.require(table.name, partition)
+        return pl.read_parquet(self.data_path(table.name, partition))
+
+    def build(
+        self,
+        table: schemas.Table,
+        make: Callable[[], pl.DataFrame | Iterable[pl.DataFrame]],
+        *,
+        inputs: Iterable[Manifest] = (),
+        code_version: str,
+        parameters: Mapping[str, Any] | None = None,
+        partition: str = WHOLE,
+        extra: Callable[[], Mapping[str, Any]] | None = None,
+    ) -> Built:
+        """Make a partition unless it lies there, made from the same inputs by the same code and parameters."""
+        sources = {f"{m.table}/{m.partition}": m.content for m in inputs}
+        made_from = fingerprint(
+            table=table.name,
+            schema_version=table.version,
+            code_version=code_version,
+            parameters=dict(parameters or {}),
+            inputs=sources,
+        )
+        existing = self.manifest(table.name, partition)
+        if existing is not None and existing.fingerprint == made_from:
+            return Built(existing, True)
+        started = time.monotonic()
+        frames = make()
+        manifest = self.write(
+            table,
+            frames,
+            partition=partition,
+            made_from=made_from,
+            inputs=sources,
+            extra=None if extra is None else extra(),
+            started=started,
+        )
+        return Built(manifest, False)
+
+    def clear_staging(self) -> None:
+        """Remove what interrupted writes left behind (call it when no other process writes)."""
+        if self.is_local:
+            for file in (Path(self._root) / "_staging").glob("*.staged"):
+                file.unlink(missing_ok=True)
+
+    def write_views(self) -> str:
+        """Write `views.sql` (DuckDB views over the committed, current partitions) and the data dictionary."""
+        lines = ["-- DuckDB: .read views.sql, or duckdb.sql(open(...).read())"]
+        for table in schemas.TABLES.values():
+            partitions = [m.partition for m in self.manifests(table.name)]
+            if table is schemas.SCORES:
+                current = self.current_revisions()
+                partitions = [p for p in partitions if current.get(p.split("/")[0]) == p.split("/")[1].removeprefix("revision=")]
+            if not partitions:
+                continue
+            files = ", ".join("'" + self.data_path(table.name, p).replace("'", "''") + "'" for p in partitions)
+            columns = "*"
+            if table is schemas.SCORES:
+                columns = "*, regexp_extract(filename, '/scores/([^/]+)/', 1) AS scorer"
+            lines.append(
+                f"CREATE OR REPLACE VIEW {table.name} AS SELECT {columns} "
+                f"FROM read_parquet([{files}], filename = true, union_by_name = true);"
+            )
+        self.publish("views.sql", ("\n".join(lines) + "\n").encode())
+        self.publish("data_dictionary.md", schemas.data_dictionary().encode())
+        return self.path("views.sql")
+
+    def current_revisions(self) -> dict[str, str]:
+        """Return scorer -> active revision."""
+        return (self.read_json("scores/current.json") or {}).get("revisions", {})
+
+
+def _row_group_size(arrow: pa.Table) -> int:
+    """Return rows per row group so that a group stays near 16 MB."""
+    return int(max(1, min(100_000, 16_000_000 // max(1, arrow.nbytes // max(1, len(arrow))))))
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

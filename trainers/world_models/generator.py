@@ -1,0 +1,271 @@
+"""Trains the tiny text-to-image pipeline: AutoencoderKL + CLIPTextModel + UNet2DConditionModel on rendered scenes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from pipelines.world import scene
+from trainers.world_models import tokenizer as world_tokenizer
+
+AUTOENCODER_STEPS, GENERATOR_STEPS, BATCH = 2_500, 3_000, 64
+AUTOENCODER_BATCH = 32
+OBJECT_WEIGHT = 8.0
+SCENE_BANK = 20_000
+PROMPT_DROPOUT = 0.1
+CHECK_STEPS, CHECK_GUIDANCE = 20, 3.0
+Log = Callable[[str], None]
+
+
+def to_tensor(pictures: np.ndarray) -> torch.Tensor:
+    """Return uint8 [N, H, W, 3] as float32 [N, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_pictures(tensor: torch.Tensor) -> np.ndarray:
+    """Return [N, 3, H, W] in [-1, 1] as uint8 [N, H, W, 3]."""
+    return ((tensor.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def random_wanted(n: int, rng: np.random.Generator) -> list[scene.Wanted]:
+    """Draw n prompts' meanings, every attribute but the shape left open half of the time."""
+    return [
+        scene.Wanted(
+            int(rng.integers(len(scene.SHAPES))),
+            *(
+                int(rng.integers(len(v))) if rng.random() < 0.5 else scene.NONE
+                for v in (scene.COLOURS, scene.SIZES, scene.PLACES)
+            ),
+        )
+        for _ in range(n)
+    ]
+
+
+def learning_rate_schedule(
+    optimizer: torch.optim.Optimizer, steps: int, warmup: int = 50
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up, then a cosine to 1e-3 of the rate."""
+
+    def factor(i: int) -> float:
+        return min((i + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(i / steps, 1.0))) + 1e-3)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def train_autoencoder(seed: int, log: Log, steps: int = AUTOENCODER_STEPS) -> AutoencoderKL:
+    """Train the autoencoder (32x32x3 -> 8x8x4) on object-weighted L1 + 4 MSE and a little KL, and set its scaling factor to 1/std(latents)."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=scene.PIXELS,
+    )
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-4)
+    schedule = learning_rate_schedule(optimizer, steps)
+    start = time.monotonic()
+    for step in range(steps):
+        x = to_tensor(scene.render(scene.sample_scenes(random_wanted(AUTOENCODER_BATCH, rng), rng), grain=0.01, rng=rng))
+        posterior = vae.encode(x).latent_dist
+        error = (vae.decode(posterior.sample()).sample - x).abs()
+        # The object covers few pixels and carries all meaning: pixels unlike the picture's corner weigh more.
+        different = (x - x[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.15
+        weight = 1 + OBJECT_WEIGHT * F.max_pool2d(different.float(), 5, stride=1, padding=2)
+        weight = weight / weight.mean()
+        loss = (weight * (error + 4 * error**2)).mean() + 3e-5 * posterior.kl().mean() / posterior.mean[0].numel()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps - 1:
+            log(f"autoencoder {step + 1}/{steps} loss {loss.item():.4f} {time.monotonic() - start:.0f} s")
+    with torch.no_grad():
+        pictures = scene.render(scene.sample_scenes(random_wanted(512, rng), rng))
+        vae.register_to_config(scaling_factor=float(1 / vae.encode(to_tensor(pictures)).latent_dist.sample().std()))
+    return vae.eval()
+
+
+def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Return an untrained two-layer CLIP text encoder of width 64 for `tokenizer`."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=world_tokenizer.MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        projection_dim=64,
+    )
+    return CLIPTextModel(config)
+
+
+def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
+    """Return token ids [N, MAX_TOKENS]."""
+    return tokenizer(
+        prompts, padding="max_length", max_length=world_tokenizer.MAX_TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+def train_generator(
+    vae: AutoencoderKL, seed: int, log: Log, steps: int = GENERATOR_STEPS, checkpoint: Path | None = None
+) -> StableDiffusionPipeline:
+    """Train UNet and text encoder together on epsilon prediction; return the pipeline with their weights' average."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    tokenizer = world_tokenizer.build()
+    encoder = text_encoder(tokenizer)
+    unet = UNet2DConditionModel(
+        sample_size=scene.PIXELS // 4,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=64,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    log(f"generator: UNet {sum(p.numel() for p in unet.parameters()):,} parameters")
+
+    scenes = scene.sample_scenes(random_wanted(SCENE_BANK, rng), rng)
+    with torch.no_grad():
+        latents = torch.cat(
+            [
+                vae.encode(to_tensor(scene.render(scenes.take(i)))).latent_dist.mean * vae.config.scaling_factor
+                for i in np.array_split(np.arange(SCENE_BANK), SCENE_BANK // 256)
+            ]
+        )
+    parameters = [*unet.parameters(), *encoder.parameters()]
+    averages = [copy.deepcopy(m).requires_grad_(False) for m in (unet, encoder)]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-3)
+    schedule = learning_rate_schedule(optimizer, steps)
+    start, recent = time.monotonic(), []
+    for step in range(steps):
+        pick = rng.integers(0, SCENE_BANK, BATCH)
+        prompts = [caption(scenes, int(i), rng) if rng.random() >= PROMPT_DROPOUT else "" for i in pick]
+        x0 = latents[pick]
+        noise = torch.randn_like(x0)
+        t = torch.randint(0, scheduler.config.num_train_timesteps, (BATCH,))
+        hidden = encoder(tokenize(tokenizer, prompts)).last_hidden_state
+        loss = F.mse_loss(unet(scheduler.add_noise(x0, noise, t), t, hidden).sample, noise)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        recent.append(loss.item())
+        decay = min(0.998, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for average, model in zip(averages, (unet, encoder), strict=True):
+                for a, p in zip(average.parameters(), model.parameters(), strict=True):
+                    a.lerp_(p, 1 - decay)
+        if step % 100 == 0 or step == steps - 1:
+            log(f"generator {step + 1}/{steps} loss {np.mean(recent[-100:]):.4f} {time.monotonic() - start:.0f} s")
+        if checkpoint is not None and (step + 1) % 500 == 0:
+            pipeline = _pipeline(vae, averages[1], tokenizer, averages[0], scheduler)
+            pipeline.save_pretrained(checkpoint)
+            log(f"  all attributes right on {measure(pipeline, 200, seed + 1):.1%} of 200 samples")
+    return _pipeline(vae, averages[1], tokenizer, averages[0], scheduler)
+
+
+def _pipeline(
+    vae: AutoencoderKL,
+    encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+    scheduler: DDIMScheduler,
+) -> StableDiffusionPipeline:
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=encoder.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def caption(scenes: scene.Scenes, i: int, rng: np.random.Generator) -> str:
+    """Return a true prompt for scene i that fixes 2 to 4 of its attributes."""
+    keep = rng.random(3) < 0.6
+    if not keep.any():
+        keep[rng.integers(3)] = True
+    names = ("colour", "size", "place")
+    wanted = scene.Wanted(
+        int(scenes.shape[i]), *(int(getattr(scenes, n)[i]) if k else scene.NONE for n, k in zip(names, keep, strict=True))
+    )
+    return wanted.text(scene.PREFIXES[rng.integers(len(scene.PREFIXES))])
+
+
+def sample_pictures(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int) -> np.ndarray:
+    """Return one picture per prompt, uint8 [N, 32, 32, 3] (DDIM, CHECK_STEPS steps, guidance CHECK_GUIDANCE)."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = [
+        pipeline(
+            prompts[i : i + 64],
+            num_inference_steps=CHECK_STEPS,
+            guidance_scale=CHECK_GUIDANCE,
+            generator=generator,
+            output_type="np",
+        ).images
+        for i in range(0, len(prompts), 64)
+    ]
+    return np.round(np.concatenate(parts) * 255).astype(np.uint8)
+
+
+def measure(pipeline: StableDiffusionPipeline, samples: int, seed: int) -> float:
+    """Return the share of `samples` pictures on which the reader finds every prompted attribute right."""
+    rng = np.random.default_rng(seed)
+    everything = scene.all_prompts()
+    prompts = [everything[i] for i in rng.integers(0, len(everything), samples)]
+    read = scene.read_attributes(sample_pictures(pipeline, prompts, seed))
+    return float((scene.fidelity(read, [scene.parse_prompt(p) for p in prompts]) == 1).mean())
+
+
+def reconstruction_accuracy(vae: AutoencoderKL, samples: int, seed: int) -> float:
+    """Return the share of decoded latents of renders on which the reader finds all four attributes right."""
+    rng = np.random.default_rng(seed)
+    truth = scene.sample_scenes(random_wanted(samples, rng), rng)
+    with torch.no_grad():
+        decoded = vae.decode(vae.encode(to_tensor(scene.render(truth))).latent_dist.mean).sample
+    read = scene.read_attributes(to_pictures(decoded))
+    return float(np.all([getattr(read, k) == getattr(truth, k) for k in ("shape", "colour", "size", "place")], 0).mean())
+
+
+def save_half(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+    """Save the pipeline with fp16 weights; its configurations say float32, so that plain loaders compute in float32."""
+    copy.deepcopy(pipeline).to(torch.float16).save_pretrained(folder)
+    path = folder / "text_encoder" / "config.json"
+    config = json.loads(path.read_text())
+    config["dtype"] = "float32"
+    path.write_text(json.dumps(config, indent=2) + "\n")
