@@ -114,13 +114,14 @@ def _duplicates(store: Store, shard_keys: list[str]) -> pl.DataFrame:
     )
 
 
-def counted_votes(store: Store) -> pl.LazyFrame:
+def counted_votes(store: Store, shard_keys: list[str]) -> pl.LazyFrame:
     """Return the votes that count: status ok, and no repetition of a vote of another shard."""
-    votes = store.scan(schemas.VOTES).filter(pl.col("status") == "ok")
+    votes = store.scan(schemas.VOTES, partitions=shard_keys).filter(pl.col("status") == "ok")
     return votes.join(store.scan(schemas.CATALOGUE_DUPLICATES), on="vote_id", how="anti")
 
 
-def all_pairs(store: Store) -> pl.LazyFrame:
-    """Return every pair of the store once: pair_id, prompt_id, image_0_id, image_1_id."""
+def all_pairs(store: Store, shard_keys: list[str]) -> pl.LazyFrame:
+    """Return every pair of the shards once: pair_id, prompt_id, image_0_id, image_1_id."""
     keys = ["pair_id", "prompt_id", "image_0_id", "image_1_id"]
-    return store.scan(schemas.VOTES).filter(pl.col("pair_id").is_not_null()).select(keys).unique("pair_id").sort("pair_id")
+    votes = store.scan(schemas.VOTES, partitions=shard_keys).filter(pl.col("pair_id").is_not_null())
+    return votes.select(keys).unique("pair_id").sort("pair_id")

@@ -27,8 +27,8 @@ RADII_PIXELS = np.array([5.3, 8.5])
 RADIUS_JITTER_PIXELS = 0.5
 CENTRES_PIXELS = np.array([[9.5, 16.0], [22.5, 16.0], [16.0, 9.5], [16.0, 22.5], [16.0, 16.0]])  # x to the right, y down
 CENTRE_JITTER_PIXELS = 1.0
-OBJECT_VALUE = 0.85
-BRIGHTNESS_RANGE = (0.1, 0.9)
+OBJECT_VALUE = 0.65
+BRIGHTNESS_RANGE = (0.35, 0.95)
 SATURATION_RANGE = (0.45, 1.0)
 WARMTH_TINT = 0.1
 """Warmth w in [-1, 1] adds (+WARMTH_TINT*w, 0, -WARMTH_TINT*w) to the background's grey."""

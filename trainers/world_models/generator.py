@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from pipelines.world import scene
 from trainers.world_models import tokenizer as world_tokenizer
 
-AUTOENCODER_STEPS, GENERATOR_STEPS, BATCH = 2_500, 3_000, 64
+AUTOENCODER_STEPS, GENERATOR_STEPS, BATCH = 2_200, 4_000, 64
 AUTOENCODER_BATCH = 32
 OBJECT_WEIGHT = 8.0
 SCENE_BANK = 20_000
@@ -126,7 +126,7 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
 def train_generator(
     vae: AutoencoderKL, seed: int, log: Log, steps: int = GENERATOR_STEPS, checkpoint: Path | None = None
 ) -> StableDiffusionPipeline:
-    """Train UNet and text encoder together on epsilon prediction; return the pipeline with their weights' average."""
+    """Train UNet and text encoder together on v-prediction; return the pipeline with their weights' average."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     tokenizer = world_tokenizer.build()
@@ -135,9 +135,10 @@ def train_generator(
         sample_size=scene.PIXELS // 4,
         in_channels=4,
         out_channels=4,
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        # At the third level (2x2 cells) every cell touches other borders, which is how the network knows where it is.
+        block_out_channels=(32, 64, 64),
+        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3,
         layers_per_block=1,
         cross_attention_dim=64,
         attention_head_dim=8,
@@ -150,6 +151,9 @@ def train_generator(
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
+        # Where things are is decided at high noise, which an epsilon loss hardly weighs: with it, the place of the
+        # object was still at chance (18 % of 5 places) after 1,000 steps that got 99 % of the colours right.
+        prediction_type="v_prediction",
     )
     log(f"generator: UNet {sum(p.numel() for p in unet.parameters()):,} parameters")
 
@@ -163,8 +167,8 @@ def train_generator(
         )
     parameters = [*unet.parameters(), *encoder.parameters()]
     averages = [copy.deepcopy(m).requires_grad_(False) for m in (unet, encoder)]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-3)
-    schedule = learning_rate_schedule(optimizer, steps)
+    optimizer = torch.optim.AdamW(parameters, lr=1.2e-3, weight_decay=1e-3)
+    schedule = learning_rate_schedule(optimizer, steps, warmup=100)
     start, recent = time.monotonic(), []
     for step in range(steps):
         pick = rng.integers(0, SCENE_BANK, BATCH)
@@ -173,7 +177,8 @@ def train_generator(
         noise = torch.randn_like(x0)
         t = torch.randint(0, scheduler.config.num_train_timesteps, (BATCH,))
         hidden = encoder(tokenize(tokenizer, prompts)).last_hidden_state
-        loss = F.mse_loss(unet(scheduler.add_noise(x0, noise, t), t, hidden).sample, noise)
+        target = scheduler.get_velocity(x0, noise, t)
+        loss = F.mse_loss(unet(scheduler.add_noise(x0, noise, t), t, hidden).sample, target)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -190,7 +195,7 @@ def train_generator(
         if checkpoint is not None and (step + 1) % 500 == 0:
             pipeline = _pipeline(vae, averages[1], tokenizer, averages[0], scheduler)
             pipeline.save_pretrained(checkpoint)
-            log(f"  all attributes right on {measure(pipeline, 200, seed + 1):.1%} of 200 samples")
+            log(f"  on 200 samples right: {as_text(measure(pipeline, 200, seed + 1))}")
     return _pipeline(vae, averages[1], tokenizer, averages[0], scheduler)
 
 
@@ -243,13 +248,24 @@ def sample_pictures(pipeline: StableDiffusionPipeline, prompts: list[str], seed:
     return np.round(np.concatenate(parts) * 255).astype(np.uint8)
 
 
-def measure(pipeline: StableDiffusionPipeline, samples: int, seed: int) -> float:
-    """Return the share of `samples` pictures on which the reader finds every prompted attribute right."""
+def measure(pipeline: StableDiffusionPipeline, samples: int, seed: int) -> dict[str, float]:
+    """Return on which share of `samples` pictures the reader finds a prompted attribute right, and all of them."""
     rng = np.random.default_rng(seed)
     everything = scene.all_prompts()
     prompts = [everything[i] for i in rng.integers(0, len(everything), samples)]
+    wanted = [scene.parse_prompt(p) for p in prompts]
     read = scene.read_attributes(sample_pictures(pipeline, prompts, seed))
-    return float((scene.fidelity(read, [scene.parse_prompt(p) for p in prompts]) == 1).mean())
+    result = {"all": float((scene.fidelity(read, wanted) == 1).mean())}
+    for name in ("shape", "colour", "size", "place"):
+        want = np.array([getattr(w, name) for w in wanted])
+        fixed = want != scene.NONE
+        result[name] = float((getattr(read, name) == want)[fixed].mean())
+    return result
+
+
+def as_text(shares: dict[str, float]) -> str:
+    """Return shares as text."""
+    return ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
 
 
 def reconstruction_accuracy(vae: AutoencoderKL, samples: int, seed: int) -> float:

@@ -1,0 +1,101 @@
+"""Raw files -> votes, images, prompts by shard -> catalogue."""
+
+from collections.abc import Iterator
+
+import dagster as dg
+
+from assets import metadata as meta
+from assets.partitions import EVERY_SHARD, SHARDS
+from assets.resources import Polyphony
+from pipelines import catalogue as catalogue_of
+from pipelines import ingest, schemas
+from pipelines.sources import SourceError
+from pipelines.world import raw
+
+SHARD_TABLES = (schemas.IMAGES, schemas.PROMPTS, schemas.VOTES)
+CATALOGUE_TABLES = (
+    schemas.CATALOGUE_IMAGES,
+    schemas.CATALOGUE_PROMPTS,
+    schemas.CATALOGUE_SCORABLES,
+    schemas.CATALOGUE_DUPLICATES,
+)
+
+
+@dg.asset(group_name="ingest", kinds={"parquet", "json"}, code_version=ingest.CODE_VERSION)
+def raw_sources(context: dg.AssetExecutionContext, polyphony: Polyphony) -> dg.MaterializeResult:
+    """The raw files of all sources; writes the small world where it is configured, and registers every shard."""
+    config = polyphony.config
+    written = config.world is not None and raw.write_world(config.world_folder, config.world)
+    keys = polyphony.shard_keys()
+    context.instance.add_dynamic_partitions(SHARDS.name, [k for k in keys if k])
+    context.log.info(f"{len(keys)} shards of {len(config.sources)} sources" + (", small world written" if written else ""))
+    return dg.MaterializeResult(metadata={"shards": len(keys), meta.REUSED: dg.MetadataValue.bool(not written)})
+
+
+@dg.multi_asset(
+    specs=[
+        dg.AssetSpec(
+            t.name,
+            deps=[raw_sources],
+            group_name="ingest",
+            kinds={"polars", "parquet"},
+            description=f"One row per {t.row}.",
+            code_version=ingest.CODE_VERSION,
+            metadata=meta.spec_metadata(t),
+        )
+        for t in SHARD_TABLES
+    ],
+    partitions_def=SHARDS,
+    backfill_policy=EVERY_SHARD,
+)
+def ingested(context: dg.AssetExecutionContext, polyphony: Polyphony) -> Iterator[dg.MaterializeResult]:
+    """Ingest the selected shards; a bad file fails the run after the other shards are done."""
+    config, store = polyphony.config, polyphony.store
+    shards = {s.key: s for s in polyphony.shards()}
+    done: dict[str, list] = {t.name: [] for t in SHARD_TABLES}
+    failed: list[str] = []
+    for i, key in enumerate(context.partition_keys):
+        if key not in shards:
+            failed.append(f"{key}: no file of the configured sources has this shard any more")
+            continue
+        try:
+            built = ingest.ingest_shard(store, config.source(shards[key].source), shards[key])
+        except SourceError as error:
+            failed.append(str(error))
+            continue
+        for table in SHARD_TABLES:
+            done[table.name].append(built[table.name])
+            shard_metadata = meta.partition_metadata(store, table, built[table.name])
+            context.add_asset_metadata(shard_metadata, asset_key=table.name, partition_key=key)
+        votes = built["votes"]
+        context.log.info(
+            f"{i + 1}/{len(context.partition_keys)} {key}: {votes.manifest.rows} votes"
+            + (", unchanged" if votes.is_reused else "")
+        )
+    if failed:
+        raise dg.Failure(f"{len(failed)} of {len(context.partition_keys)} shards failed: " + "; ".join(failed))
+    for table in SHARD_TABLES:
+        yield dg.MaterializeResult(asset_key=table.name, metadata=meta.of_builts(store, table, done[table.name]))
+
+
+@dg.multi_asset(
+    specs=[
+        dg.AssetSpec(
+            t.name,
+            deps=[s.name for s in SHARD_TABLES],
+            group_name="ingest",
+            kinds={"polars", "parquet"},
+            description=f"One row per {t.row}.",
+            code_version=catalogue_of.CODE_VERSION,
+            metadata=meta.spec_metadata(t),
+        )
+        for t in CATALOGUE_TABLES
+    ]
+)
+def catalogue(context: dg.AssetExecutionContext, polyphony: Polyphony) -> Iterator[dg.MaterializeResult]:
+    """What crosses shards: owners, splits, repeated votes."""
+    store = polyphony.store
+    built = catalogue_of.build(store, polyphony.shard_keys())
+    context.log.info(", ".join(f"{b.manifest.rows} {name.removeprefix('catalogue_')}" for name, b in built.items()))
+    for table in CATALOGUE_TABLES:
+        yield dg.MaterializeResult(asset_key=table.name, metadata=meta.of_builts(store, table, [built[table.name]]))

@@ -1,0 +1,78 @@
+"""What people see of a materialization: rows, rejected rows by reason, whether anything was computed, small pictures."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import dagster as dg
+
+from pipelines import schemas
+from pipelines.tables import Built, Store
+
+REUSED = "polyphony/is_unchanged"
+"""Metadata key: true where everything lay there already, made from the same inputs."""
+MAX_PICTURE_BYTES = 50_000
+
+
+def column_schema(table: schemas.Table) -> dg.TableSchema:
+    """Return a table's columns for Dagster's column tab."""
+    return dg.TableSchema(
+        columns=[
+            dg.TableColumn(
+                c.name, str(c.dtype), c.meaning, dg.TableColumnConstraints(nullable=c.nullable, unique=(c.name,) == table.key)
+            )
+            for c in table.columns
+        ]
+    )
+
+
+def spec_metadata(table: schemas.Table) -> dict[str, Any]:
+    """Return what is known of a table before it is materialized."""
+    return {"dagster/column_schema": column_schema(table), "dagster/table_name": table.name}
+
+
+def of_builts(store: Store, table: schemas.Table, builts: Iterable[Built]) -> dict[str, Any]:
+    """Return the metadata of the partitions that one materialization made or found."""
+    builts = list(builts)
+    manifests = [b.manifest for b in builts]
+    statuses: dict[str, int] = {}
+    for manifest in manifests:
+        for status, n in manifest.rows_by_status.items():
+            statuses[status] = statuses.get(status, 0) + n
+    rejected = {k: v for k, v in statuses.items() if k != "ok"}
+    uri = store.data_path(table.name, manifests[0].partition) if len(manifests) == 1 else store.path(table.name)
+    return {
+        "dagster/row_count": sum(m.rows for m in manifests),
+        "dagster/uri": uri,
+        "bytes": sum(m.bytes for m in manifests),
+        "seconds": float(sum(b.manifest.seconds for b in builts if not b.is_reused)),
+        "fingerprint": manifests[0].fingerprint if len(manifests) == 1 else f"{len(manifests)} partitions",
+        "rejected_rows": sum(rejected.values()),
+        REUSED: dg.MetadataValue.bool(all(b.is_reused for b in builts)),
+        **({"rejected_by_reason": dg.MetadataValue.json(rejected)} if rejected else {}),
+    }
+
+
+def partition_metadata(store: Store, table: schemas.Table, built: Built) -> dict[str, Any]:
+    """Return the metadata of one shard of a table."""
+    metadata = of_builts(store, table, [built])
+    metadata["dagster/partition_row_count"] = metadata.pop("dagster/row_count")
+    return metadata
+
+
+def picture(png: bytes, name: str) -> dg.MarkdownMetadataValue:
+    """Return a PNG for the metadata pane; every copy lies in the event log, so large ones are refused.
+
+    Raises:
+        ValueError: the picture is over 50 kB.
+    """
+    if len(png) > MAX_PICTURE_BYTES:
+        raise ValueError(f"picture {name!r}: {len(png)} bytes, at most {MAX_PICTURE_BYTES}; draw it smaller")
+    return dg.MetadataValue.md(f"![{name}](data:image/png;base64,{base64.b64encode(png).decode()})")
+
+
+def numbers(values: Mapping[str, float | int | None]) -> dict[str, dg.MetadataValue]:
+    """Return the numbers that are known as metadata that plots over time."""
+    return {k: dg.MetadataValue.float(float(v)) for k, v in values.items() if v is not None}

@@ -1,0 +1,95 @@
+"""`python -m pipelines`: the data steps without Dagster.
+
+    python -m pipelines run                   world, ingest, catalogue, scores and labels, in order
+    python -m pipelines world|ingest|score|label
+    python -m pipelines show TABLE            print rows of a table (--rows N)
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import polars as pl
+
+from pipelines import catalogue, ingest, schemas, steps
+from pipelines import config as configuration
+from pipelines.errors import run_command
+from pipelines.sources import SourceError
+from pipelines.tables import Built, Store, StoreError
+from pipelines.world import raw
+
+ORDER = ("world", "ingest", "score", "label")
+
+
+def say(message: str) -> None:
+    """Print one line at once."""
+    print(message, flush=True)
+
+
+def _tell(name: str, built: Built) -> None:
+    m = built.manifest
+    statuses = ", ".join(f"{v} {k}" for k, v in m.rows_by_status.items() if k != "ok")
+    say(f"{name}: {m.rows} rows" + (f" ({statuses})" if statuses else "") + (", unchanged" if built.is_reused else f", {m.seconds:.1f} s"))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("what", choices=("run", *ORDER, "show"))
+    parser.add_argument("table", nargs="?", help="table to show")
+    parser.add_argument("--rows", type=int, default=10, help="rows to show")
+    parser.add_argument("--config", help="TOML file; default: $POLYPHONY_CONFIG, else the small world")
+    parser.add_argument("--device", default="cpu", help="device of the reward models")
+    options = parser.parse_args(arguments)
+    config = configuration.load(options.config)
+    store = Store(config.store_location)
+    if options.what == "show":
+        return _show(store, options.table, options.rows)
+    wanted = ORDER if options.what == "run" else (options.what,)
+    if "world" in wanted and config.world is not None:
+        written = raw.write_world(config.world_folder, config.world)
+        say(f"small world in {config.world_folder}: " + ("written" if written else "unchanged"))
+    shards = ingest.list_shards(config)
+    keys = [s.key for s in shards]
+    failed: list[str] = []
+    if "ingest" in wanted:
+        for shard in shards:
+            try:
+                _tell(f"votes {shard.key}", ingest.ingest_shard(store, config.source(shard.source), shard)["votes"])
+            except SourceError as error:
+                # The other shards are ingested before the command fails, so that one bad file costs one file.
+                failed.append(str(error))
+                say(f"votes {shard.key}: failed: {error}")
+        if failed:
+            raise SourceError(f"{len(failed)} of {len(shards)} shards failed: " + "; ".join(failed))
+        for name, built in catalogue.build(store, keys).items():
+            _tell(name, built)
+    if "score" in wanted:
+        from pipelines.scoring import batches
+
+        models: dict = {}
+        for key in keys:
+            for name, built in batches.score_shard(store, key, list(config.scorers), device=options.device, models=models).items():
+                _tell(f"scores {name} {key}", built)
+        batches.activate(store, config, keys)
+    if "label" in wanted:
+        labels = steps.Labels(store, config, keys)
+        for name in steps.LABEL_TABLES:
+            _tell(name, getattr(labels, name)())
+    views = store.write_views()
+    say(f"tables: {store.location}; DuckDB views: {views}")
+    return 0
+
+
+def _show(store: Store, table: str | None, rows: int) -> int:
+    if table not in schemas.TABLES:
+        raise StoreError(f"show: expected a table of {sorted(schemas.TABLES)}, found {table!r}")
+    with pl.Config(tbl_rows=rows, tbl_cols=-1, fmt_str_lengths=40):
+        frame = store.scan(schemas.TABLES[table]).head(rows).collect()
+        say(str(frame.drop([c for c, t in frame.schema.items() if t == pl.Binary])))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,22 @@
+"""How a command line ends on bad input: one clear message and status 2 instead of a traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from pipelines.config import ConfigError
+from pipelines.scoring.checkpoints import CheckpointError
+from pipelines.sources import SourceError
+from pipelines.tables import StoreError
+
+EXPECTED = (ConfigError, CheckpointError, SourceError, StoreError, FileNotFoundError)
+
+
+def run_command(main: Callable[[], int]) -> int:
+    """Run `main`; print an expected error as one line on stderr and return 2."""
+    try:
+        return main()
+    except EXPECTED as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

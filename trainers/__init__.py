@@ -1,0 +1,1 @@
+"""Torch: tables in, weights and metrics out. Knows nothing of Dagster."""

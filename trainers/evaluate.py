@@ -1,0 +1,211 @@
+"""Judging models: scores of their samples, held-out implicit accuracy, and the leaderboard with intervals.
+
+    gain       mean over samples of score(model) - score(base), same prompt and noise
+    win rate   share of samples with score(model) > score(base), ties half
+
+95 % intervals: percentile bootstrap over prompts (samples of one prompt are not independent).
+Belongs here: comparing models. Does not belong here: making pictures (`sampling`), showing results (`report`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+
+from pipelines import images, schemas
+from pipelines.config import Config
+from pipelines.curation import HumanPolicy
+from pipelines.scoring import batches, checkpoints
+from pipelines.tables import Built, Manifest, Store
+from trainers import data, loop, randomness
+from trainers.caches import Backbone
+from trainers.sampling import BASE
+
+CODE_VERSION = "1"
+HELD_OUT_PAIRS = 500
+HELD_OUT_DRAWS = 6
+HELD_OUT = "held-out pairs"
+Progress = Callable[[str], None]
+
+
+def evaluate(store: Store, config: Config, model: str, device: str, progress: Progress = lambda m: None) -> Built:
+    """Score a model's samples with every reward model (in the small world also with its tastes) into `evaluations`."""
+    samples = store.require("samples", model)
+
+    def make() -> pl.DataFrame:
+        frame = store.read(schemas.SAMPLES, model)
+        pictures = [images.decode_rgb(b) for b in frame["bytes"]]
+        prompts = frame["prompt"].to_list()
+        columns: dict[str, np.ndarray] = {}
+        for scorer in config.scorers:
+            loaded = batches.load(scorer, device)
+            scores = []
+            for start in range(0, len(pictures), scorer.batch_size):
+                part = slice(start, start + scorer.batch_size)
+                prepared = torch.stack([loaded.prepare(p) for p in pictures[part]])
+                scores.append(loaded.score(prepared, prompts[part]))
+            columns[scorer.name] = np.concatenate(scores)
+            progress(f"evaluation of {model}: {scorer.name}")
+        if config.world is not None:
+            from pipelines.world import judges
+
+            columns |= judges.judge(np.stack([np.asarray(p) for p in pictures]), prompts)
+        return pl.concat(
+            frame.select("prompt_id", "seed", scorer=pl.lit(name), score=pl.Series(values, dtype=pl.Float64))
+            for name, values in columns.items()
+        )
+
+    parameters = {
+        "scorers": {s.name: checkpoints.revision(s) for s in config.scorers},
+        "has_world": config.world is not None,
+    }
+    return store.build(
+        schemas.EVALUATIONS, make, inputs=[samples], code_version=CODE_VERSION, parameters=parameters, partition=model
+    )
+
+
+def held_out(
+    store: Store,
+    config: Config,
+    backbone: Backbone,
+    recipe: str,
+    model_folder: Path,
+    trained: Manifest,
+    progress: Progress = lambda m: None,
+) -> Built:
+    """Measure a tuned model's implicit accuracy on pairs of held-out prompts into `held_out`.
+
+    For the first HELD_OUT_PAIRS decided human pairs of validation and test prompts (by id) the margin s against the
+    base model is drawn at HELD_OUT_DRAWS stratified timesteps; a draw is right where s > 0.
+    """
+    inputs = [trained, store.require("preferences"), *store.manifests("latents", backbone.partition())]
+
+    @torch.no_grad()
+    def make() -> pl.DataFrame:
+        loaded = backbone.model
+        pairs = data.select_pairs(store, HumanPolicy(), ["validation", "test"]).head(HELD_OUT_PAIRS)
+        source = data.PairData(store, pairs, backbone, loaded.latent_scale)
+        policy, base = loaded.load_unet(model_folder), loaded.unet
+        margins: list[np.ndarray] = []
+        for start in range(0, len(pairs), 64):
+            rows = list(range(start, min(start + 64, len(pairs))))
+            ids = pairs["pair_id"][rows].to_list()
+            draws = []
+            for draw in range(HELD_OUT_DRAWS):
+                keys: list[tuple[str | int, ...]] = [("held_out", i, draw) for i in ids]
+                batch = source.batch(rows, keys, [False] * len(rows))
+                noise = randomness.normal(source.latent_shape, [(*k, "noise") for k in keys]).to(loaded.device)
+                timestep = int((draw + 0.5) / HELD_OUT_DRAWS * loaded.timesteps)
+                steps = torch.full((len(rows),), timestep, device=loaded.device)
+                draws.append(loop.predict_pairs(loaded, policy, base, batch, noise, steps, loaded.device).margin.cpu().numpy())
+            margins.append(np.stack(draws, 1))
+            progress(f"held-out pairs of {recipe}: {rows[-1] + 1}/{len(pairs)}")
+        margin = np.concatenate(margins)
+        return pairs.select("pair_id", "prompt_id").with_columns(
+            margin=pl.Series(margin.mean(1)),
+            accuracy=pl.Series(((margin > 0) + 0.5 * (margin == 0)).mean(1)),
+            draws=pl.lit(HELD_OUT_DRAWS),
+        )
+
+    return store.build(
+        schemas.HELD_OUT,
+        make,
+        inputs=inputs,
+        code_version=CODE_VERSION,
+        parameters={"pairs": HELD_OUT_PAIRS, "draws": HELD_OUT_DRAWS, "model": trained.fingerprint},
+        partition=recipe,
+    )
+
+
+def bootstrap_by_prompt(values: np.ndarray, prompts: np.ndarray, resamples: int, seed: int = 0) -> np.ndarray:
+    """Return bootstrap means, [resamples, K], of per-row values [N, K], resampling prompts with all their rows."""
+    keys, index = np.unique(prompts, return_inverse=True)
+    sums = np.zeros((len(keys), values.shape[1]))
+    np.add.at(sums, index, values)
+    counts = np.bincount(index, minlength=len(keys)).astype(float)
+    drawn = np.random.default_rng(seed).multinomial(len(keys), np.full(len(keys), 1 / len(keys)), size=resamples)
+    return (drawn @ sums) / (drawn @ counts)[:, None]
+
+
+def compare(base: pl.DataFrame, model: pl.DataFrame, resamples: int) -> list[dict[str, Any]]:
+    """Return one row per scorer comparing a model's evaluations with the base's, paired by prompt and seed.
+
+    Raises:
+        ValueError: the two were not sampled on the same prompts and seeds.
+    """
+    keys = ["prompt_id", "seed", "scorer"]
+    joined = base.join(model, on=keys, how="full", suffix="_model", coalesce=True)
+    if joined["score"].null_count() or joined["score_model"].null_count():
+        raise ValueError("base and model were sampled on different prompts or seeds; sample both again")
+    rows = []
+    for (scorer,), part in joined.sort(keys).group_by("scorer", maintain_order=True):
+        before, after = part["score"].to_numpy(), part["score_model"].to_numpy()
+        gain, win = after - before, (after > before) + 0.5 * (after == before)
+        sd = float(before.std(ddof=1)) or 1.0
+        means = bootstrap_by_prompt(np.stack([gain, win], 1), part["prompt_id"].to_numpy(), resamples)
+        (gain_low, win_low), (gain_high, win_high) = np.quantile(means, [0.025, 0.975], axis=0)
+        rows.append(
+            {
+                "scorer": scorer,
+                "samples": len(part),
+                "prompts": part["prompt_id"].n_unique(),
+                "base_mean": before.mean(),
+                "model_mean": after.mean(),
+                "gain": gain.mean(),
+                "gain_low": gain_low,
+                "gain_high": gain_high,
+                "gain_sd": gain.mean() / sd,
+                "gain_sd_low": gain_low / sd,
+                "gain_sd_high": gain_high / sd,
+                "win_rate": win.mean(),
+                "win_rate_low": win_low,
+                "win_rate_high": win_high,
+            }
+        )
+    return rows
+
+
+def leaderboard(store: Store, config: Config, recipes: list[str]) -> Built:
+    """Build `leaderboard` from the evaluations of base and recipes and from their held-out pairs."""
+    base = store.require("evaluations", BASE)
+    models = [store.require("evaluations", r) for r in recipes]
+    pairs = [store.require("held_out", r) for r in recipes]
+    resamples = config.evaluation.bootstrap
+
+    def make() -> pl.DataFrame:
+        reference = store.read(schemas.EVALUATIONS, BASE)
+        rows = []
+        for name in recipes:
+            rows += [{"model": name, **r} for r in compare(reference, store.read(schemas.EVALUATIONS, name), resamples)]
+            frame = store.read(schemas.HELD_OUT, name)
+            values = frame["accuracy"].to_numpy()
+            means = bootstrap_by_prompt(values[:, None], frame["prompt_id"].to_numpy(), resamples)
+            low, high = np.quantile(means, [0.025, 0.975])
+            rows.append(
+                {
+                    "model": name,
+                    "scorer": HELD_OUT,
+                    "samples": len(frame),
+                    "prompts": frame["prompt_id"].n_unique(),
+                    "model_mean": values.mean(),
+                    "win_rate": values.mean(),
+                    "win_rate_low": low,
+                    "win_rate_high": high,
+                }
+            )
+        return pl.DataFrame(rows, schema=schemas.LEADERBOARD.polars_schema)
+
+    return store.build(
+        schemas.LEADERBOARD,
+        make,
+        inputs=[base, *models, *pairs],
+        code_version=CODE_VERSION,
+        parameters={"recipes": recipes, "bootstrap": resamples},
+    )
+
+

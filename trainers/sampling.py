@@ -1,0 +1,116 @@
+"""Samples of base and tuned models: the same prompts, the same initial noise, one table per model.
+
+Belongs here: drawing pictures. Does not belong here: judging them (`evaluate`).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import polars as pl
+import torch
+from PIL import Image
+
+from pipelines import identity, schemas
+from pipelines.config import Config
+from pipelines.tables import Built, Manifest, Store, StoreError
+from trainers import randomness
+from trainers.caches import Backbone
+
+CODE_VERSION = "1"
+BASE = "base"
+"""Name of the untuned model in the tables."""
+SAMPLE_BATCH = 64
+Progress = Callable[[str], None]
+
+
+def evaluation_prompts(store: Store, count: int) -> pl.DataFrame:
+    """Return prompt_id, prompt of the first `count` held-out (test, then validation) prompts by id.
+
+    Raises:
+        StoreError: the store has no held-out prompt.
+    """
+    store.require("catalogue_prompts")
+    frame = (
+        store.scan(schemas.CATALOGUE_PROMPTS)
+        .filter(pl.col("split") != "train")
+        .sort("split", "prompt_id")
+        .select("prompt_id", "prompt")
+        .head(count)
+        .collect()
+    )
+    if frame.is_empty():
+        raise StoreError("no prompt of split test or validation: nothing to evaluate on")
+    return frame
+
+
+def sample(
+    store: Store,
+    config: Config,
+    backbone: Backbone,
+    model: str,
+    unet_folder: Path | None,
+    trained: Manifest | None,
+    progress: Progress = lambda m: None,
+) -> Built:
+    """Draw evaluation.seeds pictures per held-out prompt with a model into `samples`.
+
+    Args:
+        unet_folder: exported folder of the tuned model; None: the base.
+        trained: commit of the run that made the model; None for the base.
+    """
+    options = config.evaluation
+
+    def make() -> Iterator[pl.DataFrame]:
+        loaded = backbone.model
+        unet = loaded.unet if unet_folder is None else loaded.load_unet(unet_folder)
+        pipeline = loaded.pipeline(unet)
+        prompts = evaluation_prompts(store, options.prompts)
+        jobs = [(key, text, seed) for key, text in prompts.rows() for seed in range(options.seeds)]
+        side = config.backbone.resolution // loaded.vae_factor
+        shape = (loaded.unet.config.in_channels, side, side)
+        for start in range(0, len(jobs), SAMPLE_BATCH):
+            part = jobs[start : start + SAMPLE_BATCH]
+            noise = randomness.normal(shape, [("sample", seed, key) for key, _, seed in part])
+            pictures = pipeline(
+                [text for _, text, _ in part],
+                latents=noise.to(loaded.device),
+                num_inference_steps=options.steps,
+                guidance_scale=options.guidance,
+                height=config.backbone.resolution,
+                width=config.backbone.resolution,
+            ).images
+            encoded = [_png(p) for p in pictures]
+            progress(f"samples of {model}: {start + len(part)}/{len(jobs)}")
+            yield pl.DataFrame(
+                {
+                    "prompt_id": [key for key, _, _ in part],
+                    "prompt": [text for _, text, _ in part],
+                    "seed": [seed for _, _, seed in part],
+                    "image_id": [identity.image_id_of_bytes(b)[0] for b in encoded],
+                    "bytes": encoded,
+                }
+            )
+
+    weights = trained.fingerprint if trained is not None else backbone.digest
+    return store.build(
+        schemas.SAMPLES,
+        make,
+        inputs=[store.require("catalogue_prompts")],
+        code_version=CODE_VERSION,
+        parameters={
+            "model": weights,
+            "backbone": backbone.digest,
+            "device": torch.device(backbone.device).type,
+            **options.model_dump(include={"prompts", "seeds", "steps", "guidance"}),
+        },
+        partition=model,
+    )
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
