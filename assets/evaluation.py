@@ -69,7 +69,9 @@ def _leaderboard(recipes: list[str]) -> dg.AssetsDefinition:
         built = Training(store, polyphony.config, context.log.info).leaderboard()
         board = store.read(schemas.LEADERBOARD)
         store.write_views()
-        gains = {f"gain_sd_{r['model']}_{r['scorer']}".replace(":", "_"): r["gain_sd"] for r in board.iter_rows(named=True)}
+        gains = {
+            f"gain_sd_{r['model']}_{r['scorer']}".replace(":", "_"): r["gain_sd"] for r in board.iter_rows(named=True)
+        }
         return dg.MaterializeResult(
             metadata={
                 **meta.of_builts(store, schemas.LEADERBOARD, [built]),

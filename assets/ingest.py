@@ -27,8 +27,17 @@ def raw_sources(context: dg.AssetExecutionContext, polyphony: Polyphony) -> dg.M
     config = polyphony.config
     written = config.world is not None and raw.write_world(config.world_folder, config.world)
     keys = polyphony.shard_keys()
-    context.instance.add_dynamic_partitions(SHARDS.name, [k for k in keys if k])
-    context.log.info(f"{len(keys)} shards of {len(config.sources)} sources" + (", small world written" if written else ""))
+    assert SHARDS.name is not None
+    gone = [k for k in context.instance.get_dynamic_partitions(SHARDS.name) if k not in set(keys)]
+    for key in gone:
+        # A range of shards must not hold one without a file; its events and tables stay.
+        context.instance.delete_dynamic_partition(SHARDS.name, key)
+    context.instance.add_dynamic_partitions(SHARDS.name, keys)
+    context.log.info(
+        f"{len(keys)} shards of {len(config.sources)} sources"
+        + (f", {len(gone)} partitions without a file removed" if gone else "")
+        + (", small world written" if written else "")
+    )
     return dg.MaterializeResult(metadata={"shards": len(keys), meta.REUSED: dg.MetadataValue.bool(not written)})
 
 

@@ -40,7 +40,10 @@ def _active_scores(config: Config) -> dg.AssetsDefinition:
         revisions = batches.activate(store, polyphony.config, polyphony.shard_keys())
         context.log.info(f"active revisions: {revisions}")
         return dg.MaterializeResult(
-            metadata={"revisions": dg.MetadataValue.json(revisions), meta.REUSED: dg.MetadataValue.bool(before == revisions)}
+            metadata={
+                "revisions": dg.MetadataValue.json(revisions),
+                meta.REUSED: dg.MetadataValue.bool(before == revisions),
+            }
         )
 
     return active_scores
@@ -74,9 +77,15 @@ def _facts(name: str, frame: pl.LazyFrame) -> dict[str, float | None]:
         whole = frame.filter(pl.col("fold") == -1).collect()
         return {f"accuracy_{scorer}": value for scorer, value in whole.select("scorer", "accuracy").rows()}
     facts = {
-        "consensus": {"share_undecided": pl.col("consensus_label_0").is_null().mean(), "agreement": pl.col("agreement").mean()},
+        "consensus": {
+            "share_undecided": pl.col("consensus_label_0").is_null().mean(),
+            "agreement": pl.col("agreement").mean(),
+        },
         "smoothed": {"mean_certainty": (2 * pl.col("p_ensemble") - 1).abs().mean()},
-        "minority": {"mean_minority_score": pl.col("minority_score").mean(), "share_multi_rater": (pl.col("others") > 0).mean()},
+        "minority": {
+            "mean_minority_score": pl.col("minority_score").mean(),
+            "share_multi_rater": (pl.col("others") > 0).mean(),
+        },
         "preferences": {"share_excluded": pl.col("excluded_because").is_not_null().mean()},
     }[name]
     return frame.select(**facts).collect().row(0, named=True)

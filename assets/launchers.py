@@ -75,7 +75,10 @@ def run_module(
         end_tree(process.pid)
         raise
     if status != 0:
-        raise dg.Failure(f"`{module} {' '.join(arguments)}` ended with status {status}; log {log_file}; its tail:\n" + "\n".join(tail))
+        raise dg.Failure(
+            f"`{module} {' '.join(arguments)}` ended with status {status}; log {log_file}; its tail:\n"
+            + "\n".join(tail)
+        )
 
 
 def end_tree(pid: int) -> None:

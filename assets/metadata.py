@@ -21,7 +21,10 @@ def column_schema(table: schemas.Table) -> dg.TableSchema:
     return dg.TableSchema(
         columns=[
             dg.TableColumn(
-                c.name, str(c.dtype), c.meaning, dg.TableColumnConstraints(nullable=c.nullable, unique=(c.name,) == table.key)
+                c.name,
+                str(c.dtype),
+                c.meaning,
+                dg.TableColumnConstraints(nullable=c.nullable, unique=(c.name,) == table.key),
             )
             for c in table.columns
         ]

@@ -69,7 +69,9 @@ def _trained(recipe: Recipe) -> dg.AssetsDefinition:
             context.log.info("unchanged, nothing to train")
         finished = existing or run.finished()
         if finished is None:
-            raise dg.Failure(f"{recipe.name}: the trainer ended without committing its model; see {run.folder / 'log.txt'}")
+            raise dg.Failure(
+                f"{recipe.name}: the trainer ended without committing its model; see {run.folder / 'log.txt'}"
+            )
         metrics = store.read(schemas.TRAINING_METRICS, recipe.name)
         last = metrics.tail(max(1, len(metrics) // 4))
         return dg.MaterializeResult(

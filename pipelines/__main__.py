@@ -1,8 +1,8 @@
 """`python -m pipelines`: the data steps without Dagster.
 
-    python -m pipelines run                   world, ingest, catalogue, scores and labels, in order
-    python -m pipelines world|ingest|score|label
-    python -m pipelines show TABLE            print rows of a table (--rows N)
+python -m pipelines run                   world, ingest, catalogue, scores and labels, in order
+python -m pipelines world|ingest|score|label
+python -m pipelines show TABLE            print rows of a table (--rows N)
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ def say(message: str) -> None:
 def _tell(name: str, built: Built) -> None:
     m = built.manifest
     statuses = ", ".join(f"{v} {k}" for k, v in m.rows_by_status.items() if k != "ok")
-    say(f"{name}: {m.rows} rows" + (f" ({statuses})" if statuses else "") + (", unchanged" if built.is_reused else f", {m.seconds:.1f} s"))
+    say(
+        f"{name}: {m.rows} rows"
+        + (f" ({statuses})" if statuses else "")
+        + (", unchanged" if built.is_reused else f", {m.seconds:.1f} s")
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,7 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
 
         models: dict = {}
         for key in keys:
-            for name, built in batches.score_shard(store, key, list(config.scorers), device=options.device, models=models).items():
+            for name, built in batches.score_shard(
+                store, key, list(config.scorers), device=options.device, models=models
+            ).items():
                 _tell(f"scores {name} {key}", built)
         batches.activate(store, config, keys)
     if "label" in wanted:

@@ -34,7 +34,9 @@ class SourceConfig(_Model):
     name: str = pydantic.Field(pattern=r"^[a-z0-9_]+$", description="name in the tables and in shard keys")
     layout: Literal["pickapic", "hpd"] = pydantic.Field(description="layout of the files")
     location: str = pydantic.Field(description="folder of the raw files")
-    family: str = pydantic.Field("", description="prefix of annotator ids, shared by releases; the layout's name if empty")
+    family: str = pydantic.Field(
+        "", description="prefix of annotator ids, shared by releases; the layout's name if empty"
+    )
     records_per_shard: int = pydantic.Field(50_000, ge=1, description="JSON records per shard (layout hpd)")
 
     @property
@@ -73,7 +75,9 @@ class LabelsConfig(_Model):
 class TrainingConfig(_Model):
     """Numbers a person varies without making another recipe."""
 
-    recipes: tuple[str, ...] = pydantic.Field(("diffusion_dpo", "balanced_dpo"), description="recipes of trainers/recipes.py")
+    recipes: tuple[str, ...] = pydantic.Field(
+        ("diffusion_dpo", "balanced_dpo"), description="recipes of trainers/recipes.py"
+    )
     device: str = pydantic.Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     seed: int = pydantic.Field(0, description="seed of order, timesteps and noise")
     steps: int | None = pydantic.Field(None, ge=1, description="optimiser steps; the recipe's own if absent")
@@ -95,7 +99,9 @@ class Config(_Model):
 
     home: str = pydantic.Field(description="folder of raw data, runs and, by default, the store")
     store: str = pydantic.Field("", description="folder of the tables; <home>/store if empty")
-    world: WorldConfig | None = pydantic.Field(None, description="parameters of the small world, if it is to be written")
+    world: WorldConfig | None = pydantic.Field(
+        None, description="parameters of the small world, if it is to be written"
+    )
     sources: tuple[SourceConfig, ...] = pydantic.Field(min_length=1)
     scorers: tuple[ScorerConfig, ...] = pydantic.Field(min_length=1)
     backbone: BackboneConfig
@@ -168,7 +174,9 @@ def load(path: str | Path | None = None) -> Config:
     try:
         options = tomllib.loads(Path(chosen).read_text())
     except OSError as error:
-        raise ConfigError(f"{chosen}: {error.strerror}; name an existing TOML file, or none for the small world") from error
+        raise ConfigError(
+            f"{chosen}: {error.strerror}; name an existing TOML file, or none for the small world"
+        ) from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{chosen}: not valid TOML: {error}") from error
     options.setdefault("home", str(default_home()))
@@ -176,6 +184,7 @@ def load(path: str | Path | None = None) -> Config:
         return Config.model_validate(options)
     except pydantic.ValidationError as error:
         problems = "; ".join(
-            f"{'.'.join(str(p) for p in e['loc']) or 'file'}: {e['msg']} (found {e.get('input')!r})" for e in error.errors()
+            f"{'.'.join(str(p) for p in e['loc']) or 'file'}: {e['msg']} (found {e.get('input')!r})"
+            for e in error.errors()
         )
         raise ConfigError(f"{chosen}: {problems}") from error

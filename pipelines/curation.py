@@ -35,9 +35,7 @@ def preferences(
         n_votes=pl.len().cast(pl.Int64),
         human_label_0=pl.col("label_0").mean(),
         minority_share=pl.when(decided.sum() >= 3).then(
-            pl.min_horizontal(
-                pl.col("label_0").filter(decided).mean(), 1 - pl.col("label_0").filter(decided).mean()
-            )
+            pl.min_horizontal(pl.col("label_0").filter(decided).mean(), 1 - pl.col("label_0").filter(decided).mean())
         ),
     )
     sources = vote_sources.group_by("pair_id").agg(sources=pl.col("source").unique().sort().str.join("+"))
@@ -46,7 +44,10 @@ def preferences(
         .group_by("image_id", "prompt_id")
         .agg(
             packed=pl.struct("scorer", "score"),
-            bad=pl.when(pl.col("status") != "ok").then(pl.format("{}: {}", "status", pl.col("reason").fill_null("-"))).drop_nulls().first(),
+            bad=pl.when(pl.col("status") != "ok")
+            .then(pl.format("{}: {}", "status", pl.col("reason").fill_null("-")))
+            .drop_nulls()
+            .first(),
         )
     )
     frame = pairs.join(prompts.select("prompt_id", "prompt", "split"), on="prompt_id")

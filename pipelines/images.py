@@ -42,7 +42,9 @@ def read_header(data: bytes | None) -> Header:
     marker = _END_MARKERS.get(image.format or "")
     # Encoders may pad behind the end marker, so it is searched in the tail, not expected as the very last bytes.
     if marker is not None and marker not in data[-1024:]:
-        return Header(width, height, image.format, "truncated", f"{image.format} without end marker in {len(data)} bytes")
+        return Header(
+            width, height, image.format, "truncated", f"{image.format} without end marker in {len(data)} bytes"
+        )
     return Header(width, height, image.format, "ok", None)
 
 

@@ -125,7 +125,11 @@ class _ShardReader:
         found = pl.format("label {} / {}", pl.col("label_first"), pl.col("label_second"))
         cases = [
             (pl.col("prompt_id").is_null(), "no_prompt", pl.lit("the prompt is null")),
-            (pl.col("first").is_null() | pl.col("second").is_null(), "no_image", pl.lit("neither bytes nor uid of an image")),
+            (
+                pl.col("first").is_null() | pl.col("second").is_null(),
+                "no_image",
+                pl.lit("neither bytes nor uid of an image"),
+            ),
             (pl.col("first") == pl.col("second"), "same_image", pl.lit("both images have the same bytes")),
             (~pl.col("is_labelled"), "unlabelled", pl.lit("the source says that the row has no label")),
             (
@@ -164,9 +168,9 @@ class _ShardReader:
             for p, a, b in frame.select("prompt_id", "image_0_id", "image_1_id").iter_rows()
         ]
         keys = [identity.vote_id(s, r, k) for s, r, k in frame.select("source", "source_row", "rater").iter_rows()]
-        return frame.with_columns(
-            pl.Series("pair_id", pairs, pl.String), pl.Series("vote_id", keys, pl.String)
-        ).select(list(schemas.VOTES.polars_schema))
+        return frame.with_columns(pl.Series("pair_id", pairs, pl.String), pl.Series("vote_id", keys, pl.String)).select(
+            list(schemas.VOTES.polars_schema)
+        )
 
     def votes(self) -> pl.DataFrame:
         return pl.concat(self._votes) if self._votes else schemas.VOTES.empty()
@@ -181,7 +185,17 @@ def _mark_duplicates(votes: pl.DataFrame) -> pl.DataFrame:
     known = pl.col("annotator_id").is_not_null() & pl.col("created_at").is_not_null()
     event = ["annotator_id", "pair_id", "created_at"]
     # Rows of a ranking without times are told apart by their group; single rows without annotator by all they say.
-    raw = ["prompt_id", "image_0_id", "image_1_id", "label_0", "was_swapped", "model_0", "model_1", "annotator_id", "group_id"]
+    raw = [
+        "prompt_id",
+        "image_0_id",
+        "image_1_id",
+        "label_0",
+        "was_swapped",
+        "model_0",
+        "model_1",
+        "annotator_id",
+        "group_id",
+    ]
     first_event = pl.col("vote_id").first().over(event)
     first_raw = pl.col("vote_id").first().over([*raw, "created_at", "rater"])
     original = pl.when(known).then(first_event).otherwise(first_raw)

@@ -138,7 +138,11 @@ IMAGES = Table(
     cut_by="shard",
 )
 PROMPTS = Table(
-    "prompts", "distinct prompt of a shard", (_PROMPT_ID, Column("prompt", pl.String, "normalised text")), ("prompt_id",), "shard"
+    "prompts",
+    "distinct prompt of a shard",
+    (_PROMPT_ID, Column("prompt", pl.String, "normalised text")),
+    ("prompt_id",),
+    "shard",
 )
 _OWNER = Column("owner", pl.String, "shard that scores and caches it")
 CATALOGUE_IMAGES = Table("catalogue_images", "image of the store", (_IMAGE_ID, _OWNER), ("image_id",), "whole")
@@ -155,7 +159,11 @@ CATALOGUE_PROMPTS = Table(
     "whole",
 )
 CATALOGUE_SCORABLES = Table(
-    "catalogue_scorables", "(image, prompt) to score", (_IMAGE_ID, _PROMPT_ID, _OWNER), ("image_id", "prompt_id"), "whole"
+    "catalogue_scorables",
+    "(image, prompt) to score",
+    (_IMAGE_ID, _PROMPT_ID, _OWNER),
+    ("image_id", "prompt_id"),
+    "whole",
 )
 CATALOGUE_DUPLICATES = Table(
     "catalogue_duplicates",
@@ -191,7 +199,13 @@ CALIBRATION = Table(
         Column("rms", pl.Float64, "root mean square of d over pairs", nullable=True, low=0.0),
         Column("min", pl.Float64, "smallest score", nullable=True),
         Column("max", pl.Float64, "largest score", nullable=True),
-        Column("accuracy", pl.Float64, "agreement with decided human votes, equal scores half", nullable=True, **_PROBABILITY),
+        Column(
+            "accuracy",
+            pl.Float64,
+            "agreement with decided human votes, equal scores half",
+            nullable=True,
+            **_PROBABILITY,
+        ),
         Column("votes", pl.Int64, "decided votes that it rests on"),
     ),
     key=("scorer", "fold"),
@@ -206,7 +220,13 @@ CONSENSUS = Table(
         Column("votes_1", pl.Int32, "voters for image_1"),
         Column("voters", pl.Int32, "scorers that could vote"),
         Column("agreement", pl.Float64, "|sum of votes in {-1, 0, 1}| / voters", nullable=True, **_PROBABILITY),
-        Column("consensus_label_0", pl.Float64, "majority after the tie policy; null: undecided", nullable=True, **_PROBABILITY),
+        Column(
+            "consensus_label_0",
+            pl.Float64,
+            "majority after the tie policy; null: undecided",
+            nullable=True,
+            **_PROBABILITY,
+        ),
         Column("decided_by", pl.String, "majority, the tie policy that decided, or none"),
     ),
     key=("pair_id",),
@@ -217,10 +237,24 @@ SMOOTHED = Table(
     "pair",
     (
         *_PAIR_KEYS,
-        Column("p_smpo", pl.Float64, "softmax preference for image_0 from PickScore's range (SmPO)", nullable=True, **_PROBABILITY),
-        Column("p_ensemble", pl.Float64, "calibrated ensemble preference for image_0, cross-fitted by prompt", nullable=True, **_PROBABILITY),
+        Column(
+            "p_smpo",
+            pl.Float64,
+            "softmax preference for image_0 from PickScore's range (SmPO)",
+            nullable=True,
+            **_PROBABILITY,
+        ),
+        Column(
+            "p_ensemble",
+            pl.Float64,
+            "calibrated ensemble preference for image_0, cross-fitted by prompt",
+            nullable=True,
+            **_PROBABILITY,
+        ),
         Column("p_linear", pl.Float64, "mean of the scorers' calibrated preferences", nullable=True, **_PROBABILITY),
-        Column("p_log", pl.Float64, "sigmoid of the mean of the scorers' calibrated logits", nullable=True, **_PROBABILITY),
+        Column(
+            "p_log", pl.Float64, "sigmoid of the mean of the scorers' calibrated logits", nullable=True, **_PROBABILITY
+        ),
         Column("z_mean", pl.Float64, "mean of the scorers' standardised differences", nullable=True),
         Column("z_std", pl.Float64, "their standard deviation (unbiased)", nullable=True),
     ),
@@ -233,12 +267,30 @@ MINORITY = Table(
     (
         Column("vote_id", pl.String, "vote"),
         Column("pair_id", pl.String, "pair"),
-        Column("confidence", pl.Float64, "c = |mean_m sigmoid(z_m) - 1|, reward models as annotators", nullable=True, **_PROBABILITY),
+        Column(
+            "confidence",
+            pl.Float64,
+            "c = |mean_m sigmoid(z_m) - 1|, reward models as annotators",
+            nullable=True,
+            **_PROBABILITY,
+        ),
         Column("stability", pl.Float64, "v = min(std_m(z_m), 1)", nullable=True, **_PROBABILITY),
         Column("metric", pl.Float64, "u = c * v", nullable=True, **_PROBABILITY),
-        Column("minority_score", pl.Float64, "1 - p(recorded label) under the cross-fitted ensemble", nullable=True, **_PROBABILITY),
+        Column(
+            "minority_score",
+            pl.Float64,
+            "1 - p(recorded label) under the cross-fitted ensemble",
+            nullable=True,
+            **_PROBABILITY,
+        ),
         Column("others", pl.Int64, "decided votes of other raters on the pair"),
-        Column("share_against", pl.Float64, "share of those others that chose the other image", nullable=True, **_PROBABILITY),
+        Column(
+            "share_against",
+            pl.Float64,
+            "share of those others that chose the other image",
+            nullable=True,
+            **_PROBABILITY,
+        ),
     ),
     key=("vote_id",),
     cut_by="whole",
@@ -253,7 +305,13 @@ PREFERENCES = Table(
         Column("sources", pl.String, "sources that hold votes on it, joined by '+'"),
         Column("n_votes", pl.Int64, "votes that count (status ok, no duplicate)"),
         Column("human_label_0", pl.Float64, "mean of those votes", nullable=True, **_PROBABILITY),
-        Column("minority_share", pl.Float64, "share of decided votes on the smaller side; null below 3 votes", nullable=True, **_PROBABILITY),
+        Column(
+            "minority_share",
+            pl.Float64,
+            "share of decided votes on the smaller side; null below 3 votes",
+            nullable=True,
+            **_PROBABILITY,
+        ),
         Column("confidence", pl.Float64, "c of the humans' side", nullable=True, **_PROBABILITY),
         Column("stability", pl.Float64, "v of the humans' side", nullable=True, **_PROBABILITY),
         Column("metric", pl.Float64, "u of the humans' side", nullable=True, **_PROBABILITY),
@@ -301,7 +359,9 @@ TRAINING_METRICS = Table(
     (
         Column("step", pl.Int64, "optimiser steps done"),
         Column("loss", pl.Float64, "mean over the pairs of the step"),
-        Column("implicit_accuracy", pl.Float64, "share of the step's pairs with margin s > 0, ties half", **_PROBABILITY),
+        Column(
+            "implicit_accuracy", pl.Float64, "share of the step's pairs with margin s > 0, ties half", **_PROBABILITY
+        ),
         Column("margin", pl.Float64, "mean s"),
         Column("gradient_norm", pl.Float64, "L2, before clipping"),
         Column("pairs_per_second", pl.Float64, "speed"),
@@ -402,10 +462,17 @@ def data_dictionary() -> str:
     """Return the data dictionary of all tables as Markdown."""
     lines = ["# Data dictionary", ""]
     for table in TABLES.values():
-        lines += [f"## {table.name}", "", f"One row per {table.row}. Key: {', '.join(table.key)}. Cut by: {table.cut_by}.", ""]
+        lines += [
+            f"## {table.name}",
+            "",
+            f"One row per {table.row}. Key: {', '.join(table.key)}. Cut by: {table.cut_by}.",
+            "",
+        ]
         lines += ["| column | type | null | meaning |", "|---|---|---|---|"]
         for c in table.columns:
             meaning = c.meaning + (f" ({', '.join(c.values)})" if c.values else "")
-            lines.append(f"| {c.name} | {c.dtype} | {'yes' if c.nullable else 'no'} | {meaning.replace('|', '&#124;')} |")
+            lines.append(
+                f"| {c.name} | {c.dtype} | {'yes' if c.nullable else 'no'} | {meaning.replace('|', '&#124;')} |"
+            )
         lines.append("")
     return "\n".join(lines)

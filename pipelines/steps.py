@@ -58,7 +58,9 @@ class Labels:
         """Build `calibration`."""
 
         def make() -> pl.DataFrame:
-            ranges = self._scores().group_by("scorer").agg(low=pl.col("score").min(), high=pl.col("score").max()).collect()
+            ranges = (
+                self._scores().group_by("scorer").agg(low=pl.col("score").min(), high=pl.col("score").max()).collect()
+            )
             votes = self._votes().select("pair_id", "label_0").collect()
             return cal.calibrate(self.differences(), votes, ranges, self.scorers)
 
@@ -127,6 +129,7 @@ class Labels:
             code_version=CODE_VERSION,
             parameters={"scorers": self.scorers},
         )
+
 
 LABEL_TABLES = ("calibration", "consensus", "smoothed", "minority", "preferences")
 """Methods of Labels in the order in which they depend on each other."""

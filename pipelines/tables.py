@@ -94,7 +94,9 @@ class Store:
         """Make one file visible at once: fsync and rename on a local disk, one completed upload elsewhere."""
         target = f"{self._root}/{name}"
         if not self.is_local:
-            self._fs.pipe_file(target, content) if isinstance(content, bytes) else self._fs.put_file(str(content), target)
+            self._fs.pipe_file(target, content) if isinstance(content, bytes) else self._fs.put_file(
+                str(content), target
+            )
             return
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, bytes):
@@ -285,7 +287,9 @@ class Store:
             partitions = [m.partition for m in self.manifests(table.name)]
             if table is schemas.SCORES:
                 current = self.current_revisions()
-                partitions = [p for p in partitions if current.get(p.split("/")[0]) == p.split("/")[1].removeprefix("revision=")]
+                partitions = [
+                    p for p in partitions if current.get(p.split("/")[0]) == p.split("/")[1].removeprefix("revision=")
+                ]
             if not partitions:
                 continue
             files = ", ".join("'" + self.data_path(table.name, p).replace("'", "''") + "'" for p in partitions)

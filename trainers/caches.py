@@ -50,7 +50,10 @@ def cache_latents(store: Store, shard_key: str, backbone: Backbone, progress: Pr
     source = store.require("images", shard_key)
     store.require("catalogue_images")
     owned = set(
-        store.scan(schemas.CATALOGUE_IMAGES).filter(pl.col("owner") == shard_key).select("image_id").collect()["image_id"]
+        store.scan(schemas.CATALOGUE_IMAGES)
+        .filter(pl.col("owner") == shard_key)
+        .select("image_id")
+        .collect()["image_id"]
     )
     wanted = fingerprint(owned=sorted(owned), backbone=backbone.digest)
 

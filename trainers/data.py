@@ -64,7 +64,7 @@ class PairData:
         self._image_row = {key: i for i, key in enumerate(latents["image_id"])}
         if missing := [i for i in needed if i not in self._image_row]:
             raise StoreError(
-                f"latents of backbone {backbone.config.name} lack {len(missing)} images (first: {missing[0]}); cache them first"
+                f"latents of backbone {backbone.config.name} lack {len(missing)} images, first {missing[0]}; cache them first"
             )
         shape = (-1, latents["height"][0], latents["width"][0])
         self._mean = unpack(latents["mean"].to_list(), shape)

@@ -102,7 +102,9 @@ def held_out(
                 noise = randomness.normal(source.latent_shape, [(*k, "noise") for k in keys]).to(loaded.device)
                 timestep = int((draw + 0.5) / HELD_OUT_DRAWS * loaded.timesteps)
                 steps = torch.full((len(rows),), timestep, device=loaded.device)
-                draws.append(loop.predict_pairs(loaded, policy, base, batch, noise, steps, loaded.device).margin.cpu().numpy())
+                draws.append(
+                    loop.predict_pairs(loaded, policy, base, batch, noise, steps, loaded.device).margin.cpu().numpy()
+                )
             margins.append(np.stack(draws, 1))
             progress(f"held-out pairs of {recipe}: {rows[-1] + 1}/{len(pairs)}")
         margin = np.concatenate(margins)
@@ -207,5 +209,3 @@ def leaderboard(store: Store, config: Config, recipes: list[str]) -> Built:
         code_version=CODE_VERSION,
         parameters={"recipes": recipes, "bootstrap": resamples},
     )
-
-

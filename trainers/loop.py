@@ -172,7 +172,9 @@ def _step(
     accelerator.backward(loss)
     norm = accelerator.clip_grad_norm_(model.parameters(), recipe.optimiser.max_gradient_norm)
     if not torch.isfinite(norm):
-        raise FloatingPointError(f"{recipe.name}, step {step + 1}: the gradient's norm is {norm}; lower the learning rate or beta")
+        raise FloatingPointError(
+            f"{recipe.name}, step {step + 1}: the gradient's norm is {norm}; lower the learning rate or beta"
+        )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     reference.after_step(step + 1, accelerator.unwrap_model(model))
@@ -228,7 +230,9 @@ class _Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def save(self, policy: torch.nn.Module, optimizer: Any, reference: Reference, metrics: list[dict[str, float]]) -> None:
+    def save(
+        self, policy: torch.nn.Module, optimizer: Any, reference: Reference, metrics: list[dict[str, float]]
+    ) -> None:
         staged = self.path.with_suffix(".writing")
         state = {
             "policy": policy.state_dict(),

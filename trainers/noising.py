@@ -1,6 +1,6 @@
 """Forward noise for pairs: one timestep and one noise are shared by winner and loser.
 
-    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps;   target = eps, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0
+x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps;   target = eps, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0
 """
 
 from __future__ import annotations

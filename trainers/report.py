@@ -66,9 +66,9 @@ def sample_grid(store: Store, models: list[str], prompts: int = 12, scale: int =
 
 def leaderboard_plot(board: pl.DataFrame) -> bytes:
     """Return a PNG of every judge's gain with its interval, one colour per model."""
-    import matplotlib
+    import matplotlib as mpl
 
-    matplotlib.use("Agg")
+    mpl.use("Agg")
     import matplotlib.pyplot as plt
 
     gains = board.filter(pl.col("gain").is_not_null())
@@ -95,9 +95,9 @@ def leaderboard_plot(board: pl.DataFrame) -> bytes:
 
 def training_plot(metrics: pl.DataFrame, title: str) -> bytes:
     """Return a PNG of loss and implicit accuracy by step."""
-    import matplotlib
+    import matplotlib as mpl
 
-    matplotlib.use("Agg")
+    mpl.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(7, 2.4), dpi=80)

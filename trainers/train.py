@@ -1,9 +1,9 @@
 """`python -m trainers.train`: caches, training and evaluation without Dagster; also what the launcher starts.
 
-    python -m trainers.train all                              everything below, in order
-    python -m trainers.train cache                            latents and prompt embeddings
-    python -m trainers.train train --recipe diffusion_dpo     one recipe (default: all configured)
-    python -m trainers.train evaluate                         samples, scores, held-out pairs, leaderboard
+python -m trainers.train all                              everything below, in order
+python -m trainers.train cache                            latents and prompt embeddings
+python -m trainers.train train --recipe diffusion_dpo     one recipe (default: all configured)
+python -m trainers.train evaluate                         samples, scores, held-out pairs, leaderboard
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def _tell(name: str, built: Built) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m trainers.train", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = argparse.ArgumentParser(
+        prog="python -m trainers.train", description=__doc__.splitlines()[0] if __doc__ else ""
+    )
     parser.add_argument("what", choices=("all", "cache", "train", "evaluate"))
     parser.add_argument("--config", help="TOML file; default: $POLYPHONY_CONFIG, else the small world")
     parser.add_argument("--recipe", help="one recipe; default: all of training.recipes")

@@ -55,7 +55,9 @@ def tie_aware_accuracy(margin: np.ndarray, label: np.ndarray, weight: np.ndarray
     return float((weight * right).sum() / total)
 
 
-def calibrate(differences: pl.DataFrame, votes: pl.DataFrame, score_ranges: pl.DataFrame, scorers: list[str]) -> pl.DataFrame:
+def calibrate(
+    differences: pl.DataFrame, votes: pl.DataFrame, score_ranges: pl.DataFrame, scorers: list[str]
+) -> pl.DataFrame:
     """Return the calibration table.
 
     differences: of `margins.differences`. votes: pair_id, label_0, one row per counted vote.
@@ -72,7 +74,9 @@ def calibrate(differences: pl.DataFrame, votes: pl.DataFrame, score_ranges: pl.D
     columns = [difference_column(s) for s in scorers]
     d = frame.select(columns).to_numpy().astype(float)
     known = ~np.isnan(d)
-    rms = np.array([np.sqrt(np.mean(d[known[:, k], k] ** 2)) if known[:, k].any() else 0.0 for k in range(len(scorers))])
+    rms = np.array(
+        [np.sqrt(np.mean(d[known[:, k], k] ** 2)) if known[:, k].any() else 0.0 for k in range(len(scorers))]
+    )
     z = np.where(known, d, 0.0) / np.where(rms > 0, rms, 1.0)
     count = frame["votes"].fill_null(0).to_numpy().astype(float)
     label = frame["label"].fill_null(0.5).to_numpy()

@@ -15,7 +15,9 @@ from pipelines.labels import calibration as cal
 from pipelines.labels.margins import difference_column
 
 
-def smoothed(differences: pl.DataFrame, calibration: pl.DataFrame, scorers: list[str], smpo_scorer: str) -> pl.DataFrame:
+def smoothed(
+    differences: pl.DataFrame, calibration: pl.DataFrame, scorers: list[str], smpo_scorer: str
+) -> pl.DataFrame:
     """Return the smoothed table; a column is null where a scorer that it needs has no score."""
     row = calibration.filter(pl.col("fold") == cal.ALL, pl.col("scorer") == smpo_scorer)
     low, high = row["min"][0], row["max"][0]

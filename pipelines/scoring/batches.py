@@ -169,7 +169,9 @@ def activate(store: Store, config: Config, shard_keys: list[str]) -> dict[str, s
     for name, revision in revisions.items():
         missing = [k for k in shard_keys if store.manifest("scores", partition(name, revision, k)) is None]
         if missing:
-            raise StoreError(f"scores of {name} revision {revision}: shards {missing[:5]} are missing; score them first")
+            raise StoreError(
+                f"scores of {name} revision {revision}: shards {missing[:5]} are missing; score them first"
+            )
     if store.current_revisions() != revisions:
         import json
 

@@ -12,7 +12,10 @@ from pathlib import Path
 from pipelines.config import ScorerConfig
 from pipelines.identity import fingerprint
 
-PREPROCESSING_VERSION = {"pickscore": "rgb,shortest-bicubic-pil,crop-floor:1", "clip": "rgb,shortest-bicubic-pil,crop-floor:1"}
+PREPROCESSING_VERSION = {
+    "pickscore": "rgb,shortest-bicubic-pil,crop-floor:1",
+    "clip": "rgb,shortest-bicubic-pil,crop-floor:1",
+}
 CLIP_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json")
 REVISION_CHARACTERS = 12
 

@@ -79,6 +79,7 @@ class ClipPreprocessing:
         self.key = f"clip:{self.size}:{options['image_mean']}:{options['image_std']}"
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Return the RGB picture as float32 [3, size, size]."""
         width, height = image.size
         short = min(width, height)
         # The longer side is truncated, not rounded, as transformers' get_resize_output_image_size does.

@@ -34,12 +34,14 @@ def _records(path: Path) -> list[dict[str, Any]]:
     needed = FIELDS[path.stem]
     for i, record in enumerate(records):
         if missing := [f for f in needed if f not in record]:
-            raise SourceError(f"{path}: record {i}: field {missing[0]!r} is missing; expected {needed}, found {sorted(record)}")
+            raise SourceError(
+                f"{path}: record {i}: field {missing[0]!r} is missing; expected {needed}, found {sorted(record)}"
+            )
     return records
 
 
 def list_shards(source: SourceConfig) -> list[Shard]:
-    """Return shards of `source.records_per_shard` train records, and of a tenth as many test groups (which hold 36 or 45 pairs each).
+    """Return shards of `source.records_per_shard` train records and of a tenth as many test groups (36 or 45 pairs each).
 
     Raises:
         SourceError: neither train.json nor test.json is there, or one is not as HPDv2 writes it.
@@ -86,7 +88,9 @@ def _read_image(folder: Path, name: str) -> dict[str, Any]:
     return {"image_key": name, "bytes": data, "uid": f"{folder.name}/{name}", "problem": problem}
 
 
-def _vote(split: str, index: int, rater: int, prompt: Any, first: str, second: str, label: Any, **more: Any) -> dict[str, Any]:
+def _vote(
+    split: str, index: int, rater: int, prompt: Any, first: str, second: str, label: Any, **more: Any
+) -> dict[str, Any]:
     labels = label if label is not None else (None, None)
     return {
         "source_row": f"{split}:{index}",

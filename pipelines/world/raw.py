@@ -15,6 +15,7 @@ import json
 import shutil
 import uuid
 from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ PICKAPIC_SCHEMA = pa.schema(
         ("__index_level_0__", pa.int64()),
     ]
 )
-FIRST_VOTE_AT = dt.datetime(2023, 2, 1, tzinfo=dt.timezone.utc)
+FIRST_VOTE_AT = dt.datetime(2023, 2, 1, tzinfo=dt.UTC)
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,9 @@ def _pickapic_split(
     return rows, truth
 
 
-def _write_pickapic(config: WorldConfig, folder: Path, prompts: dict[str, list[str]], rng: np.random.Generator) -> list[dict]:
+def _write_pickapic(
+    config: WorldConfig, folder: Path, prompts: dict[str, list[str]], rng: np.random.Generator
+) -> list[dict]:
     (folder / "data").mkdir(parents=True)
     tastes = config.population(config.pickapic_annotators).tastes(rng)
     truth: list[dict] = []
@@ -211,7 +214,9 @@ def _write_images(folder: Path, names: list[str], data: list[bytes]) -> None:
         (folder / name).write_bytes(content)
 
 
-def _write_hpd(config: WorldConfig, folder: Path, prompts: dict[str, list[str]], rng: np.random.Generator) -> list[dict]:
+def _write_hpd(
+    config: WorldConfig, folder: Path, prompts: dict[str, list[str]], rng: np.random.Generator
+) -> list[dict]:
     """Write train.json (groups of 4 images ranked by one person: 6 pairs) and test.json (9 or 10 images, ten raters)."""
     population, pool = config.population(config.hpd_annotators), _Pool(config, rng)
     tastes = population.tastes(rng)
@@ -224,7 +229,7 @@ def _write_hpd(config: WorldConfig, folder: Path, prompts: dict[str, list[str]],
         _write_images(folder / "train", files, data)
         person = int(rng.integers(config.hpd_annotators))
         ranks = people.rank(utilities[tastes[person]], config.temperature, rng)
-        for i, j in [(i, j) for i in range(4) for j in range(i + 1, 4)]:
+        for i, j in combinations(range(4), 2):
             slip = bool(rng.random() < config.slip_rate)
             first = bool(ranks[i] < ranks[j]) ^ slip
             train.append(
@@ -256,7 +261,7 @@ def _write_hpd(config: WorldConfig, folder: Path, prompts: dict[str, list[str]],
         for r, person in enumerate(raters):
             ranks = people.rank(utilities[tastes[person]], config.temperature, rng)
             raw.append({"rank": ranks.tolist(), "user_hash": names[person]})
-            pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
+            pairs = list(combinations(range(count), 2))
             for k, (i, j) in enumerate(pairs):
                 against = bool(ranks[i] < ranks[j]) != bool(utilities[2, i] > utilities[2, j])
                 truth.append(
@@ -297,7 +302,9 @@ def write_world(folder: Path, config: WorldConfig | None = None) -> bool:
     pool = prompt_pool(config.prompt_pool)
     wanted = {**config.pickapic_prompts, "hpd_train": config.hpd_train_prompts, "hpd_test": config.hpd_test_groups}
     if sum(wanted.values()) > len(pool):
-        raise ValueError(f"prompts: the pool {config.prompt_pool!r} has {len(pool)}, found {sum(wanted.values())} wanted")
+        raise ValueError(
+            f"prompts: the pool {config.prompt_pool!r} has {len(pool)}, found {sum(wanted.values())} wanted"
+        )
     order = iter(rng.permutation(len(pool)))
     prompts = {name: [pool[next(order)] for _ in range(count)] for name, count in wanted.items()}
 

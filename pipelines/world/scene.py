@@ -25,7 +25,9 @@ NONE = -1
 HUES_DEGREES = np.array([0.0, 55.0, 120.0, 220.0, 285.0])
 RADII_PIXELS = np.array([5.3, 8.5])
 RADIUS_JITTER_PIXELS = 0.5
-CENTRES_PIXELS = np.array([[9.5, 16.0], [22.5, 16.0], [16.0, 9.5], [16.0, 22.5], [16.0, 16.0]])  # x to the right, y down
+CENTRES_PIXELS = np.array(
+    [[9.5, 16.0], [22.5, 16.0], [16.0, 9.5], [16.0, 22.5], [16.0, 16.0]]
+)  # x to the right, y down
 CENTRE_JITTER_PIXELS = 1.0
 OBJECT_VALUE = 0.65
 BRIGHTNESS_RANGE = (0.35, 0.95)
@@ -68,7 +70,7 @@ def all_prompts() -> list[str]:
     return [w.text(prefix) for prefix in PREFIXES for w in wanted if len(w.fixed()) >= 2]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def parse_prompt(prompt: str) -> Wanted:
     """Return what `prompt` fixes.
 
@@ -218,7 +220,9 @@ def read_attributes(pictures: np.ndarray) -> Scenes:
     the colour under it gives hue and saturation. No template above MIN_CORRELATION: the four attributes are NONE.
     """
     if pictures.ndim != 4 or pictures.shape[1:] != (PIXELS, PIXELS, 3) or pictures.dtype != np.uint8:
-        raise ValueError(f"pictures: expected uint8 [N, {PIXELS}, {PIXELS}, 3], found {pictures.dtype} {pictures.shape}")
+        raise ValueError(
+            f"pictures: expected uint8 [N, {PIXELS}, {PIXELS}, 3], found {pictures.dtype} {pictures.shape}"
+        )
     templates, cover, unit = _templates()
     parts = []
     for start in range(0, len(pictures), 256):

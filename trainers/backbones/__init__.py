@@ -1,0 +1,1 @@
+"""Backbones: what differs between the models that are trained; everything else uses their few functions."""

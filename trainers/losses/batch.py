@@ -44,6 +44,6 @@ class PairBatch:
 
     @cached_property
     def margin(self) -> torch.Tensor:
-        """s = (L_ref^w - L_ref^l) - (L_policy^w - L_policy^l), [B]; > 0: the policy agrees with the label more."""
+        """S = (L_ref^w - L_ref^l) - (L_policy^w - L_policy^l), [B]; > 0: the policy agrees with the label more."""
         reference, policy = self.reference_error, self.policy_error
         return (reference[0] - reference[1]) - (policy[0] - policy[1])

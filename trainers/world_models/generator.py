@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from pipelines.world import scene
 from trainers.world_models import tokenizer as world_tokenizer
 
-AUTOENCODER_STEPS, GENERATOR_STEPS, BATCH = 2_200, 4_000, 64
+AUTOENCODER_STEPS, GENERATOR_STEPS, BATCH = 2_200, 3_000, 64
 AUTOENCODER_BATCH = 32
 OBJECT_WEIGHT = 8.0
 SCENE_BANK = 20_000
@@ -63,7 +63,7 @@ def learning_rate_schedule(
 
 
 def train_autoencoder(seed: int, log: Log, steps: int = AUTOENCODER_STEPS) -> AutoencoderKL:
-    """Train the autoencoder (32x32x3 -> 8x8x4) on object-weighted L1 + 4 MSE and a little KL, and set its scaling factor to 1/std(latents)."""
+    """Train the autoencoder (32x32x3 -> 8x8x4) on object-weighted L1 + 4 MSE and a little KL; scale latents to std 1."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     vae = AutoencoderKL(
@@ -78,7 +78,9 @@ def train_autoencoder(seed: int, log: Log, steps: int = AUTOENCODER_STEPS) -> Au
     schedule = learning_rate_schedule(optimizer, steps)
     start = time.monotonic()
     for step in range(steps):
-        x = to_tensor(scene.render(scene.sample_scenes(random_wanted(AUTOENCODER_BATCH, rng), rng), grain=0.01, rng=rng))
+        x = to_tensor(
+            scene.render(scene.sample_scenes(random_wanted(AUTOENCODER_BATCH, rng), rng), grain=0.01, rng=rng)
+        )
         posterior = vae.encode(x).latent_dist
         error = (vae.decode(posterior.sample()).sample - x).abs()
         # The object covers few pixels and carries all meaning: pixels unlike the picture's corner weigh more.
@@ -227,7 +229,8 @@ def caption(scenes: scene.Scenes, i: int, rng: np.random.Generator) -> str:
         keep[rng.integers(3)] = True
     names = ("colour", "size", "place")
     wanted = scene.Wanted(
-        int(scenes.shape[i]), *(int(getattr(scenes, n)[i]) if k else scene.NONE for n, k in zip(names, keep, strict=True))
+        int(scenes.shape[i]),
+        *(int(getattr(scenes, n)[i]) if k else scene.NONE for n, k in zip(names, keep, strict=True)),
     )
     return wanted.text(scene.PREFIXES[rng.integers(len(scene.PREFIXES))])
 
@@ -275,7 +278,16 @@ def reconstruction_accuracy(vae: AutoencoderKL, samples: int, seed: int) -> floa
     with torch.no_grad():
         decoded = vae.decode(vae.encode(to_tensor(scene.render(truth))).latent_dist.mean).sample
     read = scene.read_attributes(to_pictures(decoded))
-    return float(np.all([getattr(read, k) == getattr(truth, k) for k in ("shape", "colour", "size", "place")], 0).mean())
+    return float(
+        np.all([getattr(read, k) == getattr(truth, k) for k in ("shape", "colour", "size", "place")], 0).mean()
+    )
+
+
+def load(folder: Path) -> StableDiffusionPipeline:
+    """Load a saved pipeline, quietly."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def save_half(pipeline: StableDiffusionPipeline, folder: Path) -> None:

@@ -10,6 +10,7 @@ import copy
 import io
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,7 +134,17 @@ def accuracy(model: CLIPModel, pairs: Pairs) -> tuple[float, int]:
     return float(right[decided].float().mean()), int(decided.sum())
 
 
-def _fit(model: CLIPModel, pairs: Pairs, test: Pairs, objective, steps: int, rate: float, seed: int, name: str, log: Log):  # noqa: ANN001, ANN202
+def _fit(
+    model: CLIPModel,
+    pairs: Pairs,
+    test: Pairs,
+    objective: Callable[[CLIPModel, Pairs], torch.Tensor],
+    steps: int,
+    rate: float,
+    seed: int,
+    name: str,
+    log: Log,
+) -> CLIPModel:
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05)
     schedule = learning_rate_schedule(optimizer, steps)
@@ -150,21 +161,25 @@ def _fit(model: CLIPModel, pairs: Pairs, test: Pairs, objective, steps: int, rat
             model.logit_scale.clamp_(max=np.log(100.0))
         if step % 100 == 0 or step == steps - 1:
             right, n = accuracy(model.eval(), test)
-            log(f"{name} {step + 1}/{steps} loss {loss.item():.4f} accuracy {right:.1%} of {n} held-out votes "
-                f"{time.monotonic() - start:.0f} s")
+            log(
+                f"{name} {step + 1}/{steps} loss {loss.item():.4f} accuracy {right:.1%} of {n} held-out votes "
+                f"{time.monotonic() - start:.0f} s"
+            )
     return model.eval()
 
 
-def train_rewards(world_folder: Path, seed: int, log: Log) -> tuple[dict[str, CLIPModel], CLIPTokenizer]:
-    """Write the rewards' world, train `clip` on it and `pickscore` from it; return both models and their tokenizer."""
+def train_rewards(world_folder: Path, seed: int, log: Log) -> tuple[dict[str, CLIPModel], CLIPTokenizer, Pairs]:
+    """Write the rewards' world, train `clip` on it and `pickscore` from it; return models, tokenizer, held-out votes."""
     torch.manual_seed(seed)
     raw.write_world(world_folder, WORLD)
     tokenizer = world_tokenizer.build()
     train, test = read_pairs(world_folder, "train", tokenizer), read_pairs(world_folder, "test", tokenizer)
     log(f"reward models: {len(train)} votes to learn from, {len(test)} held out, prompts disjoint from every store's")
     clip = _fit(build_clip(tokenizer), train, test, _contrastive_loss, CLIP_STEPS, 1e-3, seed, "clip", log)
-    pickscore = _fit(copy.deepcopy(clip), train, test, _preference_loss, PICKSCORE_STEPS, 4e-4, seed + 1, "pickscore", log)
-    return {"clip": clip, "pickscore": pickscore}, tokenizer
+    pickscore = _fit(
+        copy.deepcopy(clip), train, test, _preference_loss, PICKSCORE_STEPS, 4e-4, seed + 1, "pickscore", log
+    )
+    return {"clip": clip, "pickscore": pickscore}, tokenizer, test
 
 
 def save_half(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:

@@ -35,7 +35,10 @@ def build() -> CLIPTokenizer:
             tail = head + tail
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(
-        vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=MAX_TOKENS, pad_token="<|endoftext|>"
+        vocab={t: i for i, t in enumerate(tokens)},
+        merges=merges,
+        model_max_length=MAX_TOKENS,
+        pad_token="<|endoftext|>",
     )
     for word in WORDS:
         if len(tokenizer(word).input_ids) != 3:

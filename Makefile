@@ -1,0 +1,55 @@
+# Two commands: `make demo` runs the whole main job on the embedded small world, `make test` passes the tests.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+export POLYPHONY_HOME ?= $(CURDIR)/.polyphony
+export DAGSTER_HOME := $(POLYPHONY_HOME)/dagster_home
+PORT ?= 3000
+# Nothing is fetched from a model hub by the small world; libraries that ask are told so.
+OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error DIFFUSERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1
+
+.PHONY: help setup home demo ui test test-slow check bench world-models clean
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, found {sys.version}"'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+setup: $(VENV)/.installed  ## install into .venv with the tested versions
+
+home: ## make DAGSTER_HOME and copy dagster.yaml into it
+	@mkdir -p $(DAGSTER_HOME)
+	@cmp -s dagster.yaml $(DAGSTER_HOME)/dagster.yaml || cp dagster.yaml $(DAGSTER_HOME)/dagster.yaml
+
+demo: setup home  ## the whole main job on the small world, on a CPU
+	$(OFFLINE) $(BIN)/python -m assets.demo
+
+ui: setup home  ## the Dagster UI over the demo's own instance, on 127.0.0.1:$(PORT)
+	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dg dev --host 127.0.0.1 --port $(PORT)
+
+test: setup  ## the default tests
+	$(OFFLINE) $(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: setup  ## the tests that take minutes
+	$(OFFLINE) $(BIN)/python -m pytest -m "slow and not gpu"
+
+check: setup  ## ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup  ## benchmarks: each prints what it measured, on which machine, against what
+	$(OFFLINE) $(BIN)/python -m benchmarks.labels_small_world
+
+world-models: setup  ## train the small world's tiny models again (about 25 minutes on two cores)
+	$(OFFLINE) $(BIN)/python -m trainers.world_models
+
+clean:  ## remove everything that the demo made
+	rm -rf $(POLYPHONY_HOME)

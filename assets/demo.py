@@ -1,0 +1,103 @@
+"""`python -m assets.demo`: the whole main job on the embedded small world, through Dagster, on its own instance.
+
+Belongs here: starting jobs and telling what came out. Does not belong here: any step of the work.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import dagster as dg
+
+from assets.definitions import defs
+from assets.jobs import EVERYTHING, PREPARE
+from assets.metadata import REUSED
+from assets.partitions import SHARDS
+from assets.resources import Polyphony
+from pipelines import schemas
+
+PROCESS_TAG = "polyphony/process"
+RANGE_START, RANGE_END = "dagster/asset_partition_range_start", "dagster/asset_partition_range_end"
+
+
+def close_killed_runs(instance: dg.DagsterInstance) -> int:
+    """Mark runs as failed whose demo process is gone (a killed process cannot do so itself); return how many."""
+    unfinished = instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING]))
+    killed = [r for r in unfinished if PROCESS_TAG in r.tags and not Path(f"/proc/{r.tags[PROCESS_TAG]}").exists()]
+    for run in killed:
+        instance.report_run_failed(run, "the process that executed this run was killed")
+    return len(killed)
+
+
+def run_job(instance: dg.DagsterInstance, name: str, tags: dict[str, str]) -> dg.ExecuteInProcessResult:
+    """Execute a job in this process on the real instance, so that its run, events and metadata are in the UI."""
+    job = defs().resolve_job_def(name)
+    return job.execute_in_process(
+        instance=instance,
+        tags={PROCESS_TAG: str(os.getpid()), **tags},
+        raise_on_error=False,
+        run_config={"loggers": {"console": {}}},
+    )
+
+
+def reused_count(result: dg.ExecuteInProcessResult) -> tuple[int, int]:
+    """Return (tables that were found unchanged, all tables) of a run, counting a shard of a table as one."""
+    flags = []
+    for event in result.get_asset_materialization_events():
+        materialization = event.materialization
+        if REUSED in materialization.metadata:
+            flags.append((event.asset_key, materialization.partition, bool(materialization.metadata[REUSED].value)))
+    return sum(f for *_, f in flags), len(flags)
+
+
+def main() -> int:
+    """Run the demo; return its exit status."""
+    started = time.monotonic()
+    instance = dg.DagsterInstance.get()
+    polyphony = Polyphony()
+    config, store = polyphony.config, polyphony.store
+    store.clear_staging()
+    if killed := close_killed_runs(instance):
+        print(f"{killed} run(s) of a killed process are closed; finished work is kept and not repeated", flush=True)
+    reused = total = 0
+    for name in (PREPARE, EVERYTHING):
+        tags: dict[str, str] = {}
+        if name == EVERYTHING:
+            shards = instance.get_dynamic_partitions(str(SHARDS.name))
+            tags = {RANGE_START: shards[0], RANGE_END: shards[-1]}
+        result = run_job(instance, name, tags)
+        if not result.success:
+            print(f"\nerror: job {name} failed, see above; run {result.run_id} in the UI (make ui)", file=sys.stderr)
+            return 1
+        found, all_of_them = reused_count(result)
+        reused, total = reused + found, total + all_of_them
+    return tell(config.store_location, reused, total, time.monotonic() - started)
+
+
+def tell(location: str, reused: int, total: int, seconds: float) -> int:
+    """Print the leaderboard, where the tables lie and how to query them."""
+    from trainers import report
+
+    store = Polyphony().store
+    board = store.read(schemas.LEADERBOARD)
+    print("\n" + report.leaderboard_table(board))
+    if reused == total:
+        print(
+            f"\nAll {total} results were there already, made from the same inputs: nothing recomputed ({seconds:.0f} s)."
+        )
+    else:
+        print(f"\n{total - reused} results computed, {reused} found unchanged, in {seconds:.0f} s.")
+    print(f"\nTables: {location}  (what they hold: {store.path('data_dictionary.md')})")
+    query = "SELECT sources, count(*) AS pairs, avg(minority_score) AS minority FROM preferences GROUP BY ALL"
+    print(
+        f"Query:  python -c \"import duckdb; duckdb.sql(open('{store.path('views.sql')}').read()); duckdb.sql('{query}').show()\""
+    )
+    print("Look:   make ui   (runs, lineage, metadata, sample pictures; http://127.0.0.1:3000)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
