@@ -92,9 +92,8 @@ def tell(location: str, reused: int, total: int, seconds: float) -> int:
         print(f"\n{total - reused} results computed, {reused} found unchanged, in {seconds:.0f} s.")
     print(f"\nTables: {location}  (what they hold: {store.path('data_dictionary.md')})")
     query = "SELECT sources, count(*) AS pairs, avg(minority_score) AS minority FROM preferences GROUP BY ALL"
-    print(
-        f"Query:  python -c \"import duckdb; duckdb.sql(open('{store.path('views.sql')}').read()); duckdb.sql('{query}').show()\""
-    )
+    print(f'Query:  {sys.executable} -m pipelines sql "{query}"')
+    print(f"        polars.read_parquet('{store.data_path('preferences')}')")
     print("Look:   make ui   (runs, lineage, metadata, sample pictures; http://127.0.0.1:3000)")
     return 0
 

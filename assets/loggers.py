@@ -27,7 +27,7 @@ class _WorthReading(logging.Filter):
         return record.levelno >= logging.ERROR or kind == "STEP_SUCCESS"
 
 
-@dg.logger(description="One line per message of an asset body, failure or finished step.")
+@dg.logger(config_schema=None, description="One line per message of an asset body, failure or finished step.")
 def compact_logger(init_context: dg.InitLoggerContext) -> logging.Logger:
     """Return the logger."""
     logger = logging.Logger("polyphony", level=logging.DEBUG)

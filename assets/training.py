@@ -77,7 +77,7 @@ def _trained(recipe: Recipe) -> dg.AssetsDefinition:
         return dg.MaterializeResult(
             metadata={
                 **meta.of_builts(store, schemas.TRAINING_METRICS, [finished.metrics]),
-                **meta.numbers({c: last[c].mean() for c in ("loss", "implicit_accuracy", "pairs_per_second")}),
+                **meta.numbers(last.select("loss", "implicit_accuracy", "pairs_per_second").mean().row(0, named=True)),
                 "model": dg.MetadataValue.path(str(finished.model)),
                 "pairs": finished.metrics.manifest.extra["pairs"],
                 "curves": meta.picture(report.training_plot(metrics, recipe.name), "curves"),

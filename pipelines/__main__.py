@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 import polars as pl
 
@@ -40,8 +41,8 @@ def _tell(name: str, built: Built) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m pipelines", description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("what", choices=("run", *ORDER, "show"))
-    parser.add_argument("table", nargs="?", help="table to show")
+    parser.add_argument("what", choices=("run", *ORDER, "show", "sql"))
+    parser.add_argument("table", nargs="?", help="table to show, or SQL")
     parser.add_argument("--rows", type=int, default=10, help="rows to show")
     parser.add_argument("--config", help="TOML file; default: $POLYPHONY_CONFIG, else the small world")
     parser.add_argument("--device", default="cpu", help="device of the reward models")
@@ -50,6 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     store = Store(config.store_location)
     if options.what == "show":
         return _show(store, options.table, options.rows)
+    if options.what == "sql":
+        return _sql(store, options.table)
     wanted = ORDER if options.what == "run" else (options.what,)
     if "world" in wanted and config.world is not None:
         written = raw.write_world(config.world_folder, config.world)
@@ -85,6 +88,18 @@ def main(arguments: list[str] | None = None) -> int:
             _tell(name, getattr(labels, name)())
     views = store.write_views()
     say(f"tables: {store.location}; DuckDB views: {views}")
+    return 0
+
+
+def _sql(store: Store, query: str | None) -> int:
+    import duckdb
+
+    if not query:
+        raise StoreError("sql: expected a query, found none; e.g. \"SELECT count(*) FROM votes\"")
+    views = Path(store.write_views()).read_text()
+    with duckdb.connect() as connection:
+        connection.execute(views)
+        connection.sql(query).show()
     return 0
 
 

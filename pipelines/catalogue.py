@@ -6,6 +6,8 @@ Belongs here: facts over all shards that need ids only. Does not belong here: by
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import polars as pl
 
 from pipelines import schemas
@@ -26,7 +28,7 @@ def build(store: Store, shard_keys: list[str]) -> dict[str, Built]:
     prompts = [store.require("prompts", k) for k in shard_keys]
     parameters = {"shards": shard_keys}
 
-    def table(schema: schemas.Table, make, inputs: list[Manifest]) -> Built:  # noqa: ANN001
+    def table(schema: schemas.Table, make: Callable[[], pl.DataFrame], inputs: list[Manifest]) -> Built:
         return store.build(schema, make, inputs=inputs, code_version=CODE_VERSION, parameters=parameters)
 
     built = {

@@ -177,7 +177,7 @@ def load(path: str | Path | None = None) -> Config:
         raise ConfigError(
             f"{chosen}: {error.strerror}; name an existing TOML file, or none for the small world"
         ) from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{chosen}: not valid TOML: {error}") from error
     options.setdefault("home", str(default_home()))
     try:

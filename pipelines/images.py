@@ -34,7 +34,9 @@ def read_header(data: bytes | None) -> Header:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        return Header(None, None, None, "too_large", f"limit {MAX_PIXELS} pixels: {error}")
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
         return Header(None, None, None, "unreadable", f"no image format recognised in {len(data)} bytes: {error}")
     width, height = image.size
     if width * height > MAX_PIXELS:

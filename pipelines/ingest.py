@@ -196,8 +196,10 @@ def _mark_duplicates(votes: pl.DataFrame) -> pl.DataFrame:
         "annotator_id",
         "group_id",
     ]
-    first_event = pl.col("vote_id").first().over(event)
-    first_raw = pl.col("vote_id").first().over([*raw, "created_at", "rater"])
+    # A vote that does not count (no label, say) is nobody's original.
+    counting = pl.col("vote_id").filter(pl.col("status") == "ok")
+    first_event = counting.first().over(event)
+    first_raw = counting.first().over([*raw, "created_at", "rater"])
     original = pl.when(known).then(first_event).otherwise(first_raw)
     repeated = (pl.col("status") == "ok") & (original != pl.col("vote_id"))
     return votes.with_columns(

@@ -7,6 +7,7 @@ Belongs here: what a table is. Does not belong here: how it is stored (`tables`)
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 import polars as pl
 
@@ -59,6 +60,11 @@ class Table:
             raise SchemaError(f"table {self.name}: missing columns {missing}; expected {expected}, found {found}")
         if extra := [c for c in found if c not in expected]:
             raise SchemaError(f"table {self.name}: unknown columns {extra}; declare them in pipelines/schemas.py")
+        for c in self.columns:
+            if _is_other_type(frame.schema[c.name], c.dtype):
+                raise SchemaError(
+                    f"table {self.name}, column {c.name}: expected {c.dtype}, found {frame.schema[c.name]}"
+                )
         try:
             frame = frame.select(pl.col(c.name).cast(c.dtype, strict=True) for c in self.columns)
         except (pl.exceptions.InvalidOperationError, pl.exceptions.ComputeError) as error:
@@ -76,9 +82,20 @@ class Table:
         if column.values and (odd := set(values.drop_nulls().unique()) - set(column.values)):
             raise SchemaError(f"{where}: found {sorted(odd)}, allowed {list(column.values)}")
         if column.low is not None and (values < column.low).any():
-            raise SchemaError(f"{where}: minimum {values.min()} is below {column.low}")
+            raise SchemaError(f"{where}: minimum {values.min()!r} is below {column.low}")
         if column.high is not None and (values > column.high).any():
-            raise SchemaError(f"{where}: maximum {values.max()} is above {column.high}")
+            raise SchemaError(f"{where}: maximum {values.max()!r} is above {column.high}")
+
+
+def _is_other_type(found: pl.DataType, declared: pl.DataType | type[pl.DataType]) -> bool:
+    """Return whether `found` would have to be reinterpreted, not only widened or narrowed, to be `declared`."""
+    if found in (declared, pl.Null):
+        return False
+    if found.is_numeric() and declared.is_numeric():
+        return found.is_float() and declared.is_integer()
+    if declared == pl.String:
+        return found not in (pl.Categorical, pl.Enum)
+    return not (isinstance(found, pl.Datetime) and declared == pl.Datetime)
 
 
 VOTE_STATUSES = ("ok", "unlabelled", "invalid_label", "no_prompt", "no_image", "same_image", "duplicate_of")
@@ -94,7 +111,14 @@ _PAIR_KEYS = (
     Column("image_0_id", pl.String, "first image in id order"),
     Column("image_1_id", pl.String, "second image in id order"),
 )
-_PROBABILITY = {"low": 0.0, "high": 1.0}
+
+
+class _Range(TypedDict):
+    low: float
+    high: float
+
+
+_PROBABILITY: _Range = {"low": 0.0, "high": 1.0}
 
 VOTES = Table(
     "votes",

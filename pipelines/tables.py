@@ -295,7 +295,7 @@ class Store:
             files = ", ".join("'" + self.data_path(table.name, p).replace("'", "''") + "'" for p in partitions)
             columns = "*"
             if table is schemas.SCORES:
-                columns = "*, regexp_extract(filename, '/scores/([^/]+)/', 1) AS scorer"
+                columns = "*, regexp_extract(filename, '/scores/([^/]+)/revision=', 1) AS scorer"
             lines.append(
                 f"CREATE OR REPLACE VIEW {table.name} AS SELECT {columns} "
                 f"FROM read_parquet([{files}], filename = true, union_by_name = true);"

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pipelines import images, schemas
+from pipelines.config import BackboneConfig
 from pipelines.identity import fingerprint
 from pipelines.tables import Built, Store
 from trainers.backbones.stable_diffusion import StableDiffusionBackbone, digest
@@ -25,7 +26,7 @@ Progress = Callable[[str], None]
 class Backbone:
     """A backbone that is loaded only when something has to be computed; its digest is known before."""
 
-    def __init__(self, config, device: str) -> None:  # noqa: ANN001
+    def __init__(self, config: BackboneConfig, device: str) -> None:
         self.config, self.device = config, device
         self.digest = digest(config)
         self._loaded: StableDiffusionBackbone | None = None

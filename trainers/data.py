@@ -82,7 +82,7 @@ class PairData:
         """Return [C, H, W]."""
         return tuple(self._mean.shape[1:])
 
-    def batch(self, rows: Sequence[int], keys: list[tuple[str | int, ...]], dropped: Sequence[bool]) -> Batch:
+    def batch(self, rows: Sequence[int], keys: Sequence[tuple[str | int, ...]], dropped: Sequence[bool]) -> Batch:
         """Return the pairs at `rows`; latents are drawn from their posteriors with noise keyed by `keys` and image.
 
         dropped: where true the prompt's embedding is that of the empty prompt.

@@ -97,7 +97,7 @@ def held_out(
             ids = pairs["pair_id"][rows].to_list()
             draws = []
             for draw in range(HELD_OUT_DRAWS):
-                keys: list[tuple[str | int, ...]] = [("held_out", i, draw) for i in ids]
+                keys = [("held_out", i, draw) for i in ids]
                 batch = source.batch(rows, keys, [False] * len(rows))
                 noise = randomness.normal(source.latent_shape, [(*k, "noise") for k in keys]).to(loaded.device)
                 timestep = int((draw + 0.5) / HELD_OUT_DRAWS * loaded.timesteps)

@@ -6,6 +6,7 @@ So a resumed run, a run on more devices, and another recipe on the same pair see
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 
@@ -16,16 +17,16 @@ def generator(*key: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-def normal(shape: tuple[int, ...], keys: list[tuple[str | int, ...]]) -> torch.Tensor:
+def normal(shape: tuple[int, ...], keys: Sequence[tuple[str | int, ...]]) -> torch.Tensor:
     """Return standard normal noise [N, *shape], one independent draw per key."""
     return torch.stack([torch.randn(shape, generator=generator(*k)) for k in keys])
 
 
-def integers(high: int, keys: list[tuple[str | int, ...]]) -> torch.Tensor:
+def integers(high: int, keys: Sequence[tuple[str | int, ...]]) -> torch.Tensor:
     """Return uniform integers in [0, high), [N]."""
     return torch.cat([torch.randint(0, high, (1,), generator=generator(*k)) for k in keys])
 
 
-def uniform(keys: list[tuple[str | int, ...]]) -> torch.Tensor:
+def uniform(keys: Sequence[tuple[str | int, ...]]) -> torch.Tensor:
     """Return uniform numbers in [0, 1), [N]."""
     return torch.cat([torch.rand(1, generator=generator(*k)) for k in keys])

@@ -20,7 +20,7 @@ ALL = -1
 
 
 def fit_logistic(x: np.ndarray, y: np.ndarray, weight: np.ndarray, ridge: float) -> np.ndarray:
-    """Minimise mean_w( -y log sigmoid(x.w) - (1-y) log sigmoid(-x.w) ) + ridge/2 |w|^2 by Newton's method.
+    """Minimise mean_w( -y log sigmoid(x.w) - (1-y) log sigmoid(-x.w) ) + ridge/2 |w|^2 by damped Newton steps.
 
     Args:
         x: [N, K]; y: labels in [0, 1], [N]; weight: votes per row, [N].
@@ -32,11 +32,19 @@ def fit_logistic(x: np.ndarray, y: np.ndarray, weight: np.ndarray, ridge: float)
     if weight.sum() == 0:
         return w
     share = weight / weight.sum()
+
+    def loss(w: np.ndarray) -> float:
+        margin = x @ w
+        return float(share @ (np.logaddexp(0, margin) - y * margin) + ridge / 2 * w @ w)
+
     for _ in range(50):
         p = 1 / (1 + np.exp(-np.clip(x @ w, -30, 30)))
         gradient = x.T @ (share * (p - y)) + ridge * w
         hessian = (x * (share * p * (1 - p))[:, None]).T @ x + (ridge + 1e-12) * np.eye(len(w))
         step = np.linalg.solve(hessian, gradient)
+        # Margins with heavy tails make a full step overshoot.
+        while loss(w - step) > loss(w) + 1e-12 and np.abs(step).max() > 1e-10:
+            step /= 2
         w -= step
         if np.abs(step).max() < 1e-10 * max(1.0, np.abs(w).max()):
             break

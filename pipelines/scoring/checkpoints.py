@@ -16,7 +16,9 @@ PREPROCESSING_VERSION = {
     "pickscore": "rgb,shortest-bicubic-pil,crop-floor:1",
     "clip": "rgb,shortest-bicubic-pil,crop-floor:1",
 }
-CLIP_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json")
+CLIP_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
+TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+"""Either of these sets makes a CLIP tokenizer."""
 REVISION_CHARACTERS = 12
 
 
@@ -44,9 +46,11 @@ def resolve(scorer: ScorerConfig) -> Path:
                 f"hub can be reached and set the scorer's checkpoint to FOLDER"
             ) from error
     missing = [f for f in CLIP_FILES if not (folder / f).exists()]
+    if not any(all((folder / f).exists() for f in files) for files in TOKENIZER_FILES):
+        missing.append(TOKENIZER_FILES[0][0])
     if missing:
         raise CheckpointError(
-            f"scorer {scorer.name!r}: {folder / missing[0]} is missing; expected {list(CLIP_FILES)}. The small world's "
+            f"scorer {scorer.name!r}: {folder / missing[0]} is missing; expected {[*CLIP_FILES, *TOKENIZER_FILES[0]]}. The small world's "
             f"models are made by `python -m trainers.world_models`, published ones fetched by `hf download`"
         )
     return folder
@@ -64,7 +68,8 @@ def _digest(path: Path, size: int, modified_ns: int) -> str:
 def revision(scorer: ScorerConfig) -> str:
     """Return 12 hex characters: weights, tokenizer and configuration files, and our preprocessing's version."""
     folder = resolve(scorer)
-    stats = {f: (folder / f).stat() for f in CLIP_FILES}
+    names = [*CLIP_FILES, *(f for files in TOKENIZER_FILES for f in files if (folder / f).exists())]
+    stats = {f: (folder / f).stat() for f in names}
     digests = {f: _digest(folder / f, s.st_size, s.st_mtime_ns) for f, s in stats.items()}
     mark = fingerprint(files=digests, kind=scorer.kind, preprocessing=PREPROCESSING_VERSION[scorer.kind])
     return mark[:REVISION_CHARACTERS]

@@ -31,7 +31,7 @@ class ClipScorer:
         self._tokenizer = CLIPTokenizer.from_pretrained(folder)
         self._preprocess = ClipPreprocessing(folder)
         self._text: dict[str, torch.Tensor] = {}
-        self.logit_scale = float(self._model.logit_scale.exp())
+        self.logit_scale = float(self._model.logit_scale.detach().exp())
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -28,8 +28,13 @@ class Shard:
     stop: int | None = None
 
 
-IMAGE_SCHEMA = {"image_key": pl.String, "bytes": pl.Binary, "uid": pl.String, "problem": pl.String}
-VOTE_SCHEMA = {
+IMAGE_SCHEMA: dict[str, pl.DataType | type[pl.DataType]] = {
+    "image_key": pl.String,
+    "bytes": pl.Binary,
+    "uid": pl.String,
+    "problem": pl.String,
+}
+VOTE_SCHEMA: dict[str, pl.DataType | type[pl.DataType]] = {
     "source_row": pl.String,
     "rater": pl.Int32,
     "prompt": pl.String,

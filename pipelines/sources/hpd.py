@@ -112,22 +112,37 @@ def _vote(
     }
 
 
+def _check(path: Path, index: int, field: str, is_right: bool, expected: str, found: Any) -> None:
+    if not is_right:
+        raise SourceError(f"{path}: record {index}: {field}: expected {expected}, found {found!r}")
+
+
+def _is_list(value: Any, kind: type | tuple[type, ...], length: int | None = None) -> bool:
+    return (
+        isinstance(value, list) and all(isinstance(v, kind) for v in value) and (length is None or len(value) == length)
+    )
+
+
 def _train_votes(path: Path, index: int, record: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
     files, label = record["file_path"], record["human_preference"]
-    if not isinstance(files, list) or len(files) != 2:
-        raise SourceError(f"{path}: record {index}: file_path: expected two file names, found {files!r}")
-    if label is not None and (not isinstance(label, list) or len(label) != 2):
-        raise SourceError(f"{path}: record {index}: human_preference: expected [1, 0] or [0, 1], found {label!r}")
+    _check(path, index, "file_path", _is_list(files, str, 2), "two file names", files)
+    _check(path, index, "prompt", isinstance(record["prompt"], str | None), "text", record["prompt"])
+    is_label = label is None or _is_list(label, (int, float), 2)
+    _check(path, index, "human_preference", is_label, "[1, 0] or [0, 1]", label)
     numbers = None if label is None else [float(x) for x in label]
     return [_vote("train", index, 0, record["prompt"], files[0], files[1], numbers)], files
 
 
 def _test_votes(path: Path, index: int, record: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
-    files = record["image_path"]
+    files, raters = record["image_path"], record["raw_annotations"]
+    _check(path, index, "image_path", _is_list(files, str), "a list of file names", files)
+    _check(path, index, "prompt", isinstance(record["prompt"], str | None), "text", record["prompt"])
+    _check(path, index, "raw_annotations", _is_list(raters, dict), "a list of objects with a rank", raters)
     pairs = list(combinations(range(len(files)), 2))
     votes = []
-    for r, annotation in enumerate(record["raw_annotations"]):
-        ranks = annotation["rank"]
+    for r, annotation in enumerate(raters):
+        ranks = annotation.get("rank")
+        _check(path, index, f"rank of rater {r}", _is_list(ranks, (int, float)), "a list of numbers", ranks)
         if len(ranks) != len(files):
             raise SourceError(
                 f"{path}: record {index}: rater {r} ranks {len(ranks)} images, the group has {len(files)}; both must agree"

@@ -14,21 +14,23 @@ from pipelines.config import SourceConfig
 from pipelines.identity import fingerprint
 from pipelines.sources import IMAGE_SCHEMA, VOTE_SCHEMA, RawChunk, Shard, SourceError
 
-REQUIRED = (
-    "caption",
-    "created_at",
-    "has_label",
-    "image_0_uid",
-    "image_1_uid",
-    "jpg_0",
-    "jpg_1",
-    "label_0",
-    "label_1",
-    "model_0",
-    "model_1",
-    "ranking_id",
-    "user_id",
-)
+TYPES = {
+    "caption": pl.String(),
+    "created_at": pl.Datetime("us"),
+    "has_label": pl.Boolean(),
+    "image_0_uid": pl.String(),
+    "image_1_uid": pl.String(),
+    "jpg_0": pl.Binary(),
+    "jpg_1": pl.Binary(),
+    "label_0": pl.Float64(),
+    "label_1": pl.Float64(),
+    "model_0": pl.String(),
+    "model_1": pl.String(),
+    "ranking_id": pl.String(),
+    "user_id": pl.String(),
+}
+"""Columns that are read, and the types they are read as: mirrors store some of them otherwise (numbers as strings)."""
+REQUIRED = tuple(TYPES)
 _FILE = re.compile(r"(?P<split>train|validation|test)(?:_unique)?-\d{5}-of-\d{5}.*\.parquet")
 
 
@@ -57,7 +59,7 @@ def read_shard(source: SourceConfig, shard: Shard) -> Iterator[RawChunk]:
     """Yield the shard's rows, one row group at a time.
 
     Raises:
-        SourceError: the file is not readable parquet, or lacks a column of the layout.
+        SourceError: the file is not readable parquet, or lacks a column of the layout or has it in an unusable type.
     """
     match = _FILE.fullmatch(Path(shard.file).name)
     if match is None:
@@ -73,15 +75,28 @@ def read_shard(source: SourceConfig, shard: Shard) -> Iterator[RawChunk]:
             row = 0
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=list(REQUIRED))
-                yield _chunk(table, Path(shard.file).stem, row, match["split"])
+                yield _chunk(_typed(table, shard.file), Path(shard.file).stem, row, match["split"])
                 row += table.num_rows
     except (pa.ArrowInvalid, OSError) as error:
         raise SourceError(f"{shard.file}: not a readable parquet file ({error}); fetch it again") from error
 
 
-def _chunk(table: pa.Table, stem: str, start: int, split: str) -> RawChunk:
+def _typed(table: pa.Table, file: str) -> pl.DataFrame:
     frame = pl.from_arrow(table)
     assert isinstance(frame, pl.DataFrame)
+    columns = []
+    for name, dtype in TYPES.items():
+        found = frame[name].dtype
+        try:
+            columns.append(frame[name].cast(dtype))
+        except pl.exceptions.PolarsError as error:
+            raise SourceError(
+                f"{file}: column {name!r}: expected {dtype}, found {found} that cannot be read as such ({error})"
+            ) from error
+    return pl.DataFrame(columns)
+
+
+def _chunk(frame: pl.DataFrame, stem: str, start: int, split: str) -> RawChunk:
     frame = frame.with_row_index("row", offset=start).with_columns(pl.col("row").cast(pl.String))
     images = pl.concat(
         frame.select(
@@ -99,14 +114,14 @@ def _chunk(table: pa.Table, stem: str, start: int, split: str) -> RawChunk:
         first_key=pl.col("row") + ":0",
         second_key=pl.col("row") + ":1",
         is_display_order=pl.lit(True),
-        label_first=pl.col("label_0").cast(pl.Float64),
-        label_second=pl.col("label_1").cast(pl.Float64),
+        label_first="label_0",
+        label_second="label_1",
         is_labelled=pl.col("has_label").fill_null(False),
-        annotator=pl.col("user_id").cast(pl.String),
-        group=pl.col("ranking_id").cast(pl.String),
+        annotator="user_id",
+        group="ranking_id",
         model_first="model_0",
         model_second="model_1",
-        created_at=pl.col("created_at").cast(pl.Datetime("us")),
+        created_at="created_at",
         split=pl.lit(split),
     )
-    return RawChunk(images.cast(IMAGE_SCHEMA), votes.cast(VOTE_SCHEMA))
+    return RawChunk(images.cast(pl.Schema(IMAGE_SCHEMA)), votes.cast(pl.Schema(VOTE_SCHEMA)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +75,7 @@ class StableDiffusionBackbone:
         self.folder = resolve(config)
         self._pipeline: StableDiffusionPipeline | None = None
 
-        def load(part: type, name: str) -> torch.nn.Module:
+        def load(part: Any, name: str) -> Any:
             # Both libraries name the option differently across versions; `.to` holds for all of them.
             model = part.from_pretrained(self.folder / name)
             return model.to(self.device, torch.float32).requires_grad_(False).eval()
@@ -154,11 +155,11 @@ class StableDiffusionBackbone:
         self._pipeline.unet = unet
         return self._pipeline
 
-    def load_unet(self, folder: Path) -> torch.nn.Module:
+    def load_unet(self, folder: Path) -> Any:
         """Load an exported model's UNet."""
         return UNet2DConditionModel.from_pretrained(folder / "unet").to(self.device, torch.float32).eval()
 
-    def export(self, unet: torch.nn.Module, folder: Path) -> None:
+    def export(self, unet: Any, folder: Path) -> None:
         """Write a folder that plain diffusers loads: the trained UNet, every other part copied untouched."""
         staging = folder.with_name(folder.name + ".writing")
         shutil.rmtree(staging, ignore_errors=True)

@@ -31,7 +31,9 @@ def say(message: str) -> None:
 def build_generator(folder: Path) -> bool:
     """Train and save the text-to-image pipeline; return whether it is good enough."""
     vae = generator.train_autoencoder(SEED, say)
-    say(f"autoencoder: all four attributes right on {generator.reconstruction_accuracy(vae, 1000, SEED):.1%} of 1000 decoded")
+    say(
+        f"autoencoder: all four attributes right on {generator.reconstruction_accuracy(vae, 1000, SEED):.1%} of 1000 decoded"
+    )
     pipeline = generator.train_generator(vae, SEED + 1, say)
     generator.save_half(pipeline, folder)
     # Measured on what was written, so that rounding to float16 is part of it.
