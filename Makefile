@@ -46,7 +46,7 @@ check: setup  ## ruff, mypy, import-linter
 	$(BIN)/lint-imports
 
 bench: setup  ## benchmarks: each prints what it measured, on which machine, against what
-	$(OFFLINE) $(BIN)/python -m benchmarks.labels_small_world
+	$(OFFLINE) $(BIN)/python -m benchmarks.scoring
 
 world-models: setup  ## train the small world's tiny models again (about 25 minutes on two cores)
 	$(OFFLINE) $(BIN)/python -m trainers.world_models

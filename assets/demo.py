@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from pathlib import Path
 
 import dagster as dg
+import psutil
 
 from assets.definitions import defs
 from assets.jobs import EVERYTHING, PREPARE
@@ -26,10 +26,24 @@ RANGE_START, RANGE_END = "dagster/asset_partition_range_start", "dagster/asset_p
 def close_killed_runs(instance: dg.DagsterInstance) -> int:
     """Mark runs as failed whose demo process is gone (a killed process cannot do so itself); return how many."""
     unfinished = instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING]))
-    killed = [r for r in unfinished if PROCESS_TAG in r.tags and not Path(f"/proc/{r.tags[PROCESS_TAG]}").exists()]
+    killed = [r for r in unfinished if PROCESS_TAG in r.tags and not is_alive(r.tags[PROCESS_TAG])]
     for run in killed:
         instance.report_run_failed(run, "the process that executed this run was killed")
     return len(killed)
+
+
+def this_process() -> str:
+    """Return what tells this process from all others of the machine: its id and start."""
+    return f"{os.getpid()}:{psutil.Process().create_time():.2f}"
+
+
+def is_alive(process: str) -> bool:
+    """Return whether the process that `this_process` named still runs."""
+    pid, started = process.split(":")
+    try:
+        return f"{psutil.Process(int(pid)).create_time():.2f}" == started
+    except psutil.NoSuchProcess:
+        return False
 
 
 def run_job(instance: dg.DagsterInstance, name: str, tags: dict[str, str]) -> dg.ExecuteInProcessResult:
@@ -37,7 +51,7 @@ def run_job(instance: dg.DagsterInstance, name: str, tags: dict[str, str]) -> dg
     job = defs().resolve_job_def(name)
     return job.execute_in_process(
         instance=instance,
-        tags={PROCESS_TAG: str(os.getpid()), **tags},
+        tags={PROCESS_TAG: this_process(), **tags},
         raise_on_error=False,
         run_config={"loggers": {"console": {}}},
     )
@@ -94,7 +108,9 @@ def tell(location: str, reused: int, total: int, seconds: float) -> int:
     query = "SELECT sources, count(*) AS pairs, avg(minority_score) AS minority FROM preferences GROUP BY ALL"
     print(f'Query:  {sys.executable} -m pipelines sql "{query}"')
     print(f"        polars.read_parquet('{store.data_path('preferences')}')")
-    print("Look:   make ui   (runs, lineage, metadata, sample pictures; http://127.0.0.1:3000)")
+    store.publish("report.png", report.summary_picture(store, board))
+    print(f"Look:   {store.path('report.png')}")
+    print("          make ui   (runs, lineage, metadata, sample pictures; http://127.0.0.1:3000)")
     return 0
 
 

@@ -93,6 +93,20 @@ def leaderboard_plot(board: pl.DataFrame) -> bytes:
     return buffer.getvalue()
 
 
+def summary_picture(store: Store, board: pl.DataFrame) -> bytes:
+    """Return a PNG: samples of base and models above the leaderboard's plot."""
+    models = board["model"].unique(maintain_order=True).to_list()
+    parts = [Image.open(io.BytesIO(p)).convert("RGB") for p in (sample_grid(store, models), leaderboard_plot(board))]
+    width = max(p.width for p in parts)
+    parts = [p.resize((width, p.height * width // p.width), Image.Resampling.LANCZOS) for p in parts]
+    whole = Image.new("RGB", (width, sum(p.height for p in parts)), "white")
+    top = 0
+    for part in parts:
+        whole.paste(part, (0, top))
+        top += part.height
+    return _png(whole)
+
+
 def training_plot(metrics: pl.DataFrame, title: str) -> bytes:
     """Return a PNG of loss and implicit accuracy by step."""
     import matplotlib as mpl

@@ -50,7 +50,8 @@ def resolve(scorer: ScorerConfig) -> Path:
         missing.append(TOKENIZER_FILES[0][0])
     if missing:
         raise CheckpointError(
-            f"scorer {scorer.name!r}: {folder / missing[0]} is missing; expected {[*CLIP_FILES, *TOKENIZER_FILES[0]]}. The small world's "
+            f"scorer {scorer.name!r}: {folder / missing[0]} is missing; expected "
+            f"{[*CLIP_FILES, *TOKENIZER_FILES[0]]}. The small world's "
             f"models are made by `python -m trainers.world_models`, published ones fetched by `hf download`"
         )
     return folder

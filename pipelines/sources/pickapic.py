@@ -87,12 +87,14 @@ def _typed(table: pa.Table, file: str) -> pl.DataFrame:
     columns = []
     for name, dtype in TYPES.items():
         found = frame[name].dtype
+        wrong = f"{file}: column {name!r}: expected {dtype}, found {found}, which cannot be read as such"
+        # Polars casts the fields of a struct, not the struct.
+        if found.is_nested():
+            raise SourceError(wrong)
         try:
             columns.append(frame[name].cast(dtype))
         except pl.exceptions.PolarsError as error:
-            raise SourceError(
-                f"{file}: column {name!r}: expected {dtype}, found {found} that cannot be read as such ({error})"
-            ) from error
+            raise SourceError(f"{wrong} ({error})") from error
     return pl.DataFrame(columns)
 
 

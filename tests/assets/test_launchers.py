@@ -26,7 +26,9 @@ def module(tmp_path, monkeypatch):
 
 def launch(name, tmp_path, **more):
     lines, metrics = [], []
-    run_module(name, [], log_file=tmp_path / "logs" / "log.txt", on_line=lines.append, on_metrics=metrics.append, **more)
+    run_module(
+        name, [], log_file=tmp_path / "logs" / "log.txt", on_line=lines.append, on_metrics=metrics.append, **more
+    )
     return lines, metrics
 
 
@@ -40,7 +42,7 @@ def test_lines_and_metrics_are_told_apart_and_all_are_logged(module, tmp_path):
 
 def test_a_failing_process_is_a_failure_with_the_tail_of_its_log(module, tmp_path):
     name = module("fails", """print("before"); raise SystemExit("no such recipe")""")
-    with pytest.raises(dg.Failure, match="status 1(.|\n)*before(.|\n)*no such recipe"):
+    with pytest.raises(dg.Failure, match=r"status 1(.|\n)*before(.|\n)*no such recipe"):
         launch(name, tmp_path)
 
 

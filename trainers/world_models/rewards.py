@@ -67,7 +67,7 @@ def read_pairs(folder: Path, split: str, tokenizer: CLIPTokenizer) -> Pairs:
 
 
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """Return an untrained CLIPModel: 32-pixel pictures in 4-pixel patches, width 64, three and two layers."""
+    """Return an untrained CLIPModel: 32-pixel pictures in 8-pixel patches, three layers of width 96, text two of 64."""
     special = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -84,8 +84,8 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     }
     vision = {
         "image_size": scene.PIXELS,
-        "patch_size": 4,
-        "hidden_size": 64,
+        "patch_size": 8,
+        "hidden_size": 96,
         "intermediate_size": 192,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,

@@ -36,7 +36,8 @@ def test_loss_and_gradient_equal_the_released_programs():
     for case in cases:
         doubled, *rest = case["shape"]
         target, policy, reference = (
-            torch.tensor(case[k], dtype=torch.float32).view(2, doubled // 2, *rest) for k in ("target", "policy", "reference")
+            torch.tensor(case[k], dtype=torch.float32).view(2, doubled // 2, *rest)
+            for k in ("target", "policy", "reference")
         )
         policy.requires_grad_()
         loss = losses.diffusion_dpo(losses.PairBatch(target, policy, reference), beta=case["hyper"]["beta_dpo"]).mean()

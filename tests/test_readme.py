@@ -1,0 +1,44 @@
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+
+def test_every_make_target_that_the_readme_names_exists():
+    named = set(re.findall(r"\bmake ([a-z][a-z-]+)\b(?= |`|\n|\))", README)) - {"copies"}
+    targets = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
+    assert {"demo", "test", "ui"} <= named
+    assert named <= targets
+
+
+def test_ci_calls_the_readmes_commands():
+    script = (ROOT / ".ci" / "run").read_text()
+    assert all(f"\nmake {target}\n" in script for target in ("check", "demo", "test"))
+
+
+def test_every_file_of_the_readmes_tree_is_there_and_every_module_is_in_the_tree():
+    tree = README.split("## What is where")[1].split("```")[1]
+    folders, named = [], set()
+    for line in tree.strip().splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        for name in re.findall(r"(?<![\w-])[\w./]+(?:/|\.py|\.yaml)(?=[ :,]|$)", line.split("  " * 3)[0]) or []:
+            path = "".join(folders[:depth]) + name
+            assert (ROOT / path).exists(), path
+            named.add(path)
+            if name.endswith("/") and depth == 0:
+                folders[:] = [name]
+    assert len(named) > 30
+
+
+def test_the_readme_and_the_code_speak_of_the_project_alone():
+    for file in [ROOT / "README.md", ROOT / "CONTEXT.md", ROOT / "LOG.md", *ROOT.glob("pipelines/**/*.py")]:
+        text = file.read_text()
+        assert "/work/" not in text, file
+        assert "pypi.org" not in text, file
+
+
+def test_pictures_of_the_readme_are_there():
+    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
+        assert (ROOT / path).exists(), path
