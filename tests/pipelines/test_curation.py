@@ -47,7 +47,9 @@ def scores():
 @pytest.fixture(scope="module")
 def table():
     votes = [(n, label) for n, labels in VOTES.items() for label in labels]
-    metrics = [(n, s, 0.2 + 0.6 * (1 - s), 0.5, 0.1 + 0.4 * (1 - s), 0.3 + 0.4 * (1 - s)) for n in VOTES for s in (0.0, 1.0)]
+    metrics = [
+        (n, s, 0.2 + 0.6 * (1 - s), 0.5, 0.1 + 0.4 * (1 - s), 0.3 + 0.4 * (1 - s)) for n in VOTES for s in (0.0, 1.0)
+    ]
     consensus = schemas.CONSENSUS.conform(
         pairs()
         .collect()
@@ -61,9 +63,9 @@ def table():
         )
     )
     smoothed = schemas.SMOOTHED.conform(
-        pairs().collect().with_columns(
-            p_smpo=pl.lit(0.6), p_ensemble=pl.lit(0.7), p_linear=0.5, p_log=0.5, z_mean=0.0, z_std=0.0
-        )
+        pairs()
+        .collect()
+        .with_columns(p_smpo=pl.lit(0.6), p_ensemble=pl.lit(0.7), p_linear=0.5, p_log=0.5, z_mean=0.0, z_std=0.0)
     )
     result = curation.preferences(
         pairs=pairs(),

@@ -461,7 +461,7 @@ def test_an_hpd_label_that_is_no_choice_and_one_that_is_null_keep_their_rows(ing
 
     edit_json(hpd_folder / "train.json", edit)
     votes, _ = ingest_hpd()
-    status = {r: s for r, s in votes.filter(split="train").select("source_row", "status").iter_rows()}
+    status = dict(votes.filter(split="train").select("source_row", "status").iter_rows())
     assert [status[f"train:{k}"] for k in range(4)] == ["invalid_label", "unlabelled", "no_prompt", "ok"]
 
 

@@ -75,14 +75,12 @@ class StableDiffusionBackbone:
         self.folder = resolve(config)
         self._pipeline: StableDiffusionPipeline | None = None
 
-        def load(part: Any, name: str) -> Any:
-            # Both libraries name the option differently across versions; `.to` holds for all of them.
-            model = part.from_pretrained(self.folder / name)
-            return model.to(self.device, torch.float32).requires_grad_(False).eval()
+        def load(part: Any, name: str, **options: Any) -> Any:
+            return part.from_pretrained(self.folder / name, **options).to(self.device).requires_grad_(False).eval()
 
-        self.unet: UNet2DConditionModel = load(UNet2DConditionModel, "unet")
-        self.vae: AutoencoderKL = load(AutoencoderKL, "vae")
-        self.text_encoder: CLIPTextModel = load(CLIPTextModel, "text_encoder")
+        self.unet: UNet2DConditionModel = load(UNet2DConditionModel, "unet", torch_dtype=torch.float32)
+        self.vae: AutoencoderKL = load(AutoencoderKL, "vae", torch_dtype=torch.float32)
+        self.text_encoder: CLIPTextModel = load(CLIPTextModel, "text_encoder", dtype=torch.float32)
         self.tokenizer = CLIPTokenizer.from_pretrained(self.folder / "tokenizer")
         self.scheduler = DDIMScheduler.from_pretrained(self.folder, subfolder="scheduler")
         self.alphas_cumprod: torch.Tensor = self.scheduler.alphas_cumprod.to(self.device)
@@ -157,7 +155,7 @@ class StableDiffusionBackbone:
 
     def load_unet(self, folder: Path) -> Any:
         """Load an exported model's UNet."""
-        return UNet2DConditionModel.from_pretrained(folder / "unet").to(self.device, torch.float32).eval()
+        return UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32).to(self.device).eval()
 
     def export(self, unet: Any, folder: Path) -> None:
         """Write a folder that plain diffusers loads: the trained UNet, every other part copied untouched."""

@@ -35,6 +35,7 @@ WORLD = raw.WorldConfig(
     hpd_test_groups=1,
     hpd_test_groups_of_ten=0,
 )
+NAMES = ("clip", "pickscore")
 CLIP_STEPS, PICKSCORE_STEPS, BATCH = 1_200, 500, 96
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -64,6 +65,17 @@ def read_pairs(folder: Path, split: str, tokenizer: CLIPTokenizer) -> Pairs:
     pixels = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     label = torch.tensor(frame["label_0"].to_numpy().copy(), dtype=torch.float32)
     return Pairs(pixels, tokenize(tokenizer, frame["caption"].to_list()), label)
+
+
+def held_out_pairs(world_folder: Path) -> Pairs:
+    """Write the rewards' world and return the votes of it that no model was trained on."""
+    raw.write_world(world_folder, WORLD)
+    return read_pairs(world_folder, "test", world_tokenizer.build())
+
+
+def load(folder: Path) -> CLIPModel:
+    """Load a saved reward model in float32."""
+    return CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -168,8 +180,8 @@ def _fit(
     return model.eval()
 
 
-def train_rewards(world_folder: Path, seed: int, log: Log) -> tuple[dict[str, CLIPModel], CLIPTokenizer, Pairs]:
-    """Write the rewards' world, train `clip` on it and `pickscore` from it; return models, tokenizer, held-out votes."""
+def train_rewards(world_folder: Path, seed: int, log: Log) -> tuple[dict[str, CLIPModel], CLIPTokenizer]:
+    """Write the rewards' world, train `clip` on it and `pickscore` from it; return both models and the tokenizer."""
     torch.manual_seed(seed)
     raw.write_world(world_folder, WORLD)
     tokenizer = world_tokenizer.build()
@@ -179,7 +191,7 @@ def train_rewards(world_folder: Path, seed: int, log: Log) -> tuple[dict[str, CL
     pickscore = _fit(
         copy.deepcopy(clip), train, test, _preference_loss, PICKSCORE_STEPS, 4e-4, seed + 1, "pickscore", log
     )
-    return {"clip": clip, "pickscore": pickscore}, tokenizer, test
+    return {"clip": clip, "pickscore": pickscore}, tokenizer
 
 
 def save_half(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:

@@ -92,6 +92,20 @@ def test_the_gradient_vanishes_at_the_fit_even_for_margins_with_heavy_tails(ridg
         assert np.abs(x.T @ (p - y) / n + ridge * w).max() < 1e-7
 
 
+@pytest.mark.parametrize("seed", [724, 980, 2360, 2889, 4306])
+def test_nearly_separable_margins_with_heavy_tails_do_not_send_the_fit_away(seed):
+    """Full Newton steps diverge on these draws, to weights of 1e5."""
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(4, 30))
+    x = rng.standard_t(1.0, (n, 2))
+    x /= np.sqrt((x**2).mean(0))
+    y = (x @ column(20, -20) + rng.logistic(size=n) > 0).astype(float)
+    w = cal.fit_logistic(x, y, np.ones(n), 1e-6)
+    p = 1 / (1 + np.exp(-np.clip(x @ w, -500, 500)))
+    assert np.abs(x.T @ (p - y) / n + 1e-6 * w).max() < 1e-7
+    assert np.abs(w).max() < 1_000
+
+
 def test_an_even_margin_counts_half_and_a_split_pair_by_its_share():
     margin, label, votes = column(1, -1, 0, 2), column(1, 1, 1, 0.75), column(1, 1, 2, 4)
     # right: 1, 0, 0.5 of each of two, 0.75 of each of four.
@@ -144,7 +158,9 @@ def test_duplicating_every_vote_changes_nothing_but_the_count():
 
 def test_the_order_of_pairs_and_votes_changes_nothing():
     differences, votes = made_up()
-    shuffled = calibrate(differences.sample(fraction=1, shuffle=True, seed=1), votes.sample(fraction=1, shuffle=True, seed=2))
+    shuffled = calibrate(
+        differences.sample(fraction=1, shuffle=True, seed=1), votes.sample(fraction=1, shuffle=True, seed=2)
+    )
     columns = ("slope", "weight", "rms", "accuracy", "votes")
     assert numbers(calibrate(differences, votes), *columns) == pytest.approx(numbers(shuffled, *columns), nan_ok=True)
 

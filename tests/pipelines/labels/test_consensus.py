@@ -27,7 +27,9 @@ def frames(sign=1):
             "image_0_id": ["x"] * len(names),
             "image_1_id": ["y"] * len(names),
             **{
-                f"d_{s}": pl.Series([None if CASES[n][0][k] is None else sign * CASES[n][0][k] for n in names], dtype=pl.Float64)
+                f"d_{s}": pl.Series(
+                    [None if CASES[n][0][k] is None else sign * CASES[n][0][k] for n in names], dtype=pl.Float64
+                )
                 for k, s in enumerate(SCORERS)
             },
         }

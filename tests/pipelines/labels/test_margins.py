@@ -5,7 +5,12 @@ from pipelines import identity
 from pipelines.labels import margins
 
 PAIRS = pl.LazyFrame(
-    {"pair_id": ["1", "2", "3"], "prompt_id": ["p", "p", "q"], "image_0_id": ["a", "b", "a"], "image_1_id": ["b", "c", "b"]}
+    {
+        "pair_id": ["1", "2", "3"],
+        "prompt_id": ["p", "p", "q"],
+        "image_0_id": ["a", "b", "a"],
+        "image_1_id": ["b", "c", "b"],
+    }
 )
 SCORES = pl.LazyFrame(
     {

@@ -24,7 +24,9 @@ def calibration(scorers):
 def sides(a, b=None, scorers=("a", "b")):
     """c, v, u and minority_score of both sides of one pair whose differences are a * rms and b * rms."""
     columns = {"d_a": None if a is None else a * RMS["a"], "d_b": None if b is None else b * RMS["b"]}
-    frame = pl.DataFrame({"pair_id": ["x"], "prompt_id": [PROMPT], **columns}, schema_overrides=dict.fromkeys(columns, pl.Float64))
+    frame = pl.DataFrame(
+        {"pair_id": ["x"], "prompt_id": [PROMPT], **columns}, schema_overrides=dict.fromkeys(columns, pl.Float64)
+    )
     found = mino.side_metrics(frame, calibration(scorers), list(scorers))
     return {r["side"]: r for r in found.iter_rows(named=True)}
 

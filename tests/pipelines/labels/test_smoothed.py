@@ -31,7 +31,9 @@ def calibration(low=16.0, high=24.0):
 
 
 def one(pick, clip, table=None, scorers=("pick", "clip"), smpo="pick"):
-    frame = pl.DataFrame({**KEYS, "d_pick": [pick], "d_clip": [clip]}, schema_overrides={"d_pick": pl.Float64, "d_clip": pl.Float64})
+    frame = pl.DataFrame(
+        {**KEYS, "d_pick": [pick], "d_clip": [clip]}, schema_overrides={"d_pick": pl.Float64, "d_clip": pl.Float64}
+    )
     result = smoothed(frame, calibration() if table is None else table, list(scorers), smpo)
     return schemas.SMOOTHED.conform(result).row(0, named=True)
 

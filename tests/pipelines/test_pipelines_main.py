@@ -1,0 +1,99 @@
+import json
+
+import pytest
+
+from pipelines import __main__ as command
+from pipelines.errors import run_command
+from pipelines.tables import Store
+
+
+@pytest.fixture
+def configured(world_copy, tmp_path, tiny_clip):
+    """A TOML file over a copy of the tiny world."""
+    file = tmp_path / "polyphony.toml"
+    file.write_text(
+        f"""
+home = "{tmp_path / "home"}"
+[[sources]]
+name = "pickapic"
+layout = "pickapic"
+location = "{world_copy / "pickapic"}"
+[[sources]]
+name = "hpd"
+layout = "hpd"
+location = "{world_copy / "hpdv2"}"
+records_per_shard = 10
+[[scorers]]
+name = "clip"
+kind = "clip"
+checkpoint = "{tiny_clip}"
+[backbone]
+name = "tiny"
+family = "tiny"
+checkpoint = "{tmp_path / "no-backbone"}"
+resolution = 32
+"""
+    )
+    return file
+
+
+def run(*arguments):
+    return run_command(lambda: command.main([str(a) for a in arguments]))
+
+
+def test_one_command_goes_from_raw_files_to_preferences_and_a_second_run_changes_nothing(configured, tmp_path, capsys):
+    assert run("run", "--config", configured) == 0
+    assert "preferences:" in capsys.readouterr().out
+    store = Store(str(tmp_path / "home" / "store"))
+    assert store.require("preferences").rows > 100
+    assert run("run", "--config", configured) == 0
+    lines = capsys.readouterr().out.splitlines()
+    steps = [line for line in lines if " rows" in line]
+    assert len(steps) > 20
+    assert [line for line in steps if not line.endswith("unchanged")] == []
+
+
+def test_one_unreadable_file_costs_one_file_and_status_2(configured, world_copy, tmp_path, capsys):
+    bad = min((world_copy / "pickapic" / "data").glob("train-*.parquet"))
+    bad.write_bytes(b"no parquet")
+    assert run("ingest", "--config", configured) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert errors[0].startswith("error: 1 of 10 shards failed")
+    assert str(bad) in errors[0]
+    assert len(Store(str(tmp_path / "home" / "store")).manifests("votes")) == 9
+
+
+def test_labels_without_scores_say_what_to_do_first(configured, capsys):
+    assert run("ingest", "--config", configured) == 0
+    assert run("label", "--config", configured) == 2
+    assert "materialize it first" in capsys.readouterr().err
+
+
+def test_show_prints_rows_without_the_bytes_of_images(configured, capsys):
+    assert run("ingest", "--config", configured) == 0
+    capsys.readouterr()
+    assert run("show", "images", "--rows", "3", "--config", configured) == 0
+    shown = capsys.readouterr().out
+    assert "JPEG" in shown
+    assert "bytes" not in shown
+    assert "shape: (3, " in shown
+
+
+def test_an_unknown_table_and_a_missing_configuration_end_with_status_2_and_one_line(configured, tmp_path, capsys):
+    assert run("show", "voters", "--config", configured) == 2
+    assert "'voters'" in capsys.readouterr().err
+    assert run("run", "--config", tmp_path / "absent.toml") == 2
+    assert "absent.toml" in capsys.readouterr().err
+
+
+def test_an_unexpected_error_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda: 1 // 0)
+
+
+def test_the_manifest_of_an_ingested_shard_names_its_file(configured, world_copy, tmp_path):
+    assert run("ingest", "--config", configured) == 0
+    store = Store(str(tmp_path / "home" / "store"))
+    manifest = store.read_json(f"_manifests/votes/{store.manifests('votes')[0].partition}.json")
+    assert json.loads(json.dumps(manifest))["extra"]["file"].startswith(str(world_copy))
