@@ -96,7 +96,9 @@ def main() -> int:
             for name, image, prompt, score in found.select("scorer", "image_id", "prompt_id", "score").rows()
         )
     count = len(wanted) * len(config.scorers)
-    print(f"\n{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32, 32 px, tiny CLIP")
+    print(
+        f"\n{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32, 32 px, tiny CLIP"
+    )
     print(f"{'way':<44}{'scores/s':>10}{'median s':>10}")
     for name, times in (("polyphony: decode once, batch", fast), ("transformers: processor + model, one by one", slow)):
         print(f"{name:<44}{count / statistics.median(times):>10.0f}{statistics.median(times):>10.2f}")

@@ -95,7 +95,7 @@ def _sql(store: Store, query: str | None) -> int:
     import duckdb
 
     if not query:
-        raise StoreError("sql: expected a query, found none; e.g. \"SELECT count(*) FROM votes\"")
+        raise StoreError('sql: expected a query, found none; e.g. "SELECT count(*) FROM votes"')
     views = Path(store.write_views()).read_text()
     with duckdb.connect() as connection:
         connection.execute(views)

@@ -17,7 +17,7 @@ class Objective:
     """Which loss of `trainers.losses`, and its beta (convention z = 0.5 * beta * s)."""
 
     name: Literal["diffusion_dpo"] = "diffusion_dpo"
-    beta: float = 2000.0
+    beta: float = 100.0
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ReferencePolicy:
 class Optimiser:
     """AdamW's numbers; the rate warms up linearly and then stays."""
 
-    learning_rate: float = 2e-5
+    learning_rate: float = 1e-4
     weight_decay: float = 1e-2
     warmup_steps: int = 5
     max_gradient_norm: float = 1.0
@@ -62,7 +62,11 @@ class Recipe:
 
 
 def diffusion_dpo() -> Recipe:
-    """Diffusion-DPO (arXiv 2311.12908) on human labels, at the tiny backbone's scale."""
+    """Diffusion-DPO (arXiv 2311.12908) on human labels, at the tiny backbone's scale.
+
+    The released SD1.5 run uses beta 2000 to 5000 and rate 2e-5 on epsilon errors; the tiny backbone predicts v, whose
+    errors are larger: with beta 2000 the loss was 3 to 10 and held-out pairs were judged worse (68 % against 73 %).
+    """
     return Recipe("diffusion_dpo", "human labels, frozen reference (Wallace et al. 2023)", HumanPolicy())
 
 
