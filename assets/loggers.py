@@ -13,6 +13,11 @@ class _OneLine(logging.Formatter):
         meta = getattr(record, "dagster_meta", {})
         step = meta.get("step_key") or meta.get("job_name") or ""
         text = meta.get("orig_message", record.getMessage())
+        error = getattr(getattr(meta.get("dagster_event"), "event_specific_data", None), "error", None)
+        while error is not None:
+            # Dagster wraps what an asset body raised; the innermost message is the one that says what to do.
+            text += f"\n{error.message.rstrip()}"
+            error = error.cause
         return f"{self.formatTime(record, '%H:%M:%S')}  {step:<28} {text}"
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import dagster as dg
+from PIL import Image
 
 from pipelines import schemas
 from pipelines.tables import Built, Store
@@ -66,14 +68,16 @@ def partition_metadata(store: Store, table: schemas.Table, built: Built) -> dict
 
 
 def picture(png: bytes, name: str) -> dg.MarkdownMetadataValue:
-    """Return a PNG for the metadata pane; every copy lies in the event log, so large ones are refused.
-
-    Raises:
-        ValueError: the picture is over 50 kB.
-    """
-    if len(png) > MAX_PICTURE_BYTES:
-        raise ValueError(f"picture {name!r}: {len(png)} bytes, at most {MAX_PICTURE_BYTES}; draw it smaller")
-    return dg.MetadataValue.md(f"![{name}](data:image/png;base64,{base64.b64encode(png).decode()})")
+    """Return a PNG for the metadata pane; every copy lies in the event log, so a large one is shown smaller, as JPEG."""
+    data, kind = png, "png"
+    scale = 1.0
+    while len(data) > MAX_PICTURE_BYTES:
+        image = Image.open(io.BytesIO(png)).convert("RGB")
+        buffer = io.BytesIO()
+        size = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
+        image.resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=85, subsampling=0)
+        data, kind, scale = buffer.getvalue(), "jpeg", scale * 0.8
+    return dg.MetadataValue.md(f"![{name}](data:image/{kind};base64,{base64.b64encode(data).decode()})")
 
 
 def numbers(values: Mapping[str, float | int | None]) -> dict[str, dg.MetadataValue]:
