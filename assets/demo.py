@@ -29,6 +29,8 @@ def close_killed_runs(instance: dg.DagsterInstance) -> int:
     killed = [r for r in unfinished if PROCESS_TAG in r.tags and not is_alive(r.tags[PROCESS_TAG])]
     for run in killed:
         instance.report_run_failed(run, "the process that executed this run was killed")
+        # Its place in the pool `gpu` stays taken otherwise, and the next run waits for it for ever.
+        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
     return len(killed)
 
 

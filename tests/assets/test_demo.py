@@ -57,7 +57,7 @@ resolution = 32
 
 [training]
 device = "cpu"
-steps = 12
+steps = 8
 checkpoint_every = 2
 
 [evaluation]
@@ -111,7 +111,7 @@ def finished(tmp_path_factory):
     lines = []
     for line in process.stdout:
         lines.append(line)
-        if "step 5/12" in line:
+        if "step 5/8" in line:
             break
     else:
         raise AssertionError("the demo never trained:\n" + "".join(lines))
