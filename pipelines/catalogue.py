@@ -13,7 +13,7 @@ import polars as pl
 from pipelines import schemas
 from pipelines.tables import Built, Manifest, Store
 
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 _SPLIT_RANK = {"train": 0, "validation": 1, "test": 2}
 
 
@@ -107,8 +107,8 @@ def _duplicates(store: Store, shard_keys: list[str]) -> pl.DataFrame:
     votes = _scan(store, schemas.VOTES, shard_keys, ["vote_id", "status", *event])
     return (
         votes.filter(pl.col("status") == "ok", *(pl.col(c).is_not_null() for c in event))
-        .sort("place", "vote_id")
-        .with_columns(duplicate_of=pl.col("vote_id").first().over(event, order_by="place"))
+        # The smallest id counts, not the first shard's, so that the order of ingestion decides nothing.
+        .with_columns(duplicate_of=pl.col("vote_id").min().over(event))
         .filter(pl.col("duplicate_of") != pl.col("vote_id"))
         .select("vote_id", "duplicate_of")
         .sort("vote_id")

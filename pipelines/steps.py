@@ -16,7 +16,7 @@ from pipelines.labels import minority as mino
 from pipelines.scoring import batches
 from pipelines.tables import Built, Manifest, Store
 
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 
 
 class Labels:

@@ -90,8 +90,9 @@ def test_a_single_annotator_has_no_stability():
 
 def test_the_table_has_one_row_per_decided_vote_with_the_metrics_of_its_side():
     votes = pl.DataFrame(
-        [(f"v{k}", "x", label) for k, label in enumerate([1.0, 1.0, 1.0, 0.0, 0.0, 0.5])] + [("w", "y", 1.0)],
-        schema=["vote_id", "pair_id", "label_0"],
+        [(f"v{k}", "x", None, label) for k, label in enumerate([1.0, 1.0, 1.0, 0.0, 0.0, 0.5])]
+        + [("w", "y", "a", 1.0)],
+        schema={"vote_id": pl.String, "pair_id": pl.String, "annotator_id": pl.String, "label_0": pl.Float64},
         orient="row",
     )
     metrics = pl.DataFrame(
@@ -106,3 +107,16 @@ def test_the_table_has_one_row_per_decided_vote_with_the_metrics_of_its_side():
     assert [found[f"v{k}"]["others"] for k in range(5)] == [4] * 5
     assert [found[f"v{k}"]["share_against"] for k in range(5)] == [0.5, 0.5, 0.5, 0.75, 0.75]
     assert (found["w"]["others"], found["w"]["share_against"], found["w"]["confidence"]) == (0, None, None)
+
+
+def test_a_person_who_votes_twice_is_not_his_own_other_rater():
+    rows = [("v0", "x", "ann", 1.0), ("v1", "x", "ann", 0.0), ("v2", "x", "bob", 0.0), ("v3", "x", "cid", 1.0)]
+    votes = pl.DataFrame(rows, schema=["vote_id", "pair_id", "annotator_id", "label_0"], orient="row")
+    nothing = pl.DataFrame(
+        schema=dict.fromkeys(("side", "confidence", "stability", "minority_score", "metric"), pl.Float64)
+        | {"pair_id": pl.String}
+    )
+    found = mino.minority(votes, nothing)
+    assert found["others"].to_list() == [2, 2, 3, 3]
+    # Against v0 stands bob alone; against v1 cid alone; against bob ann's first vote and cid; against cid two likewise.
+    assert found["share_against"].to_list() == [1 / 2, 1 / 2, 2 / 3, 2 / 3]
