@@ -24,8 +24,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 setup: $(VENV)/.installed  ## install into .venv with the tested versions
 
 home: ## make DAGSTER_HOME and copy dagster.yaml into it
-	@mkdir -p $(DAGSTER_HOME)
-	@cmp -s dagster.yaml $(DAGSTER_HOME)/dagster.yaml || cp dagster.yaml $(DAGSTER_HOME)/dagster.yaml
+	@mkdir -p "$(DAGSTER_HOME)"
+	@cmp -s dagster.yaml "$(DAGSTER_HOME)/dagster.yaml" || cp dagster.yaml "$(DAGSTER_HOME)/dagster.yaml"
 
 demo: setup home  ## the whole main job on the small world, on a CPU
 	$(OFFLINE) $(BIN)/python -m assets.demo
@@ -51,5 +51,5 @@ bench: setup  ## benchmarks: each prints what it measured, on which machine, aga
 world-models: setup  ## train the small world's tiny models again (about 25 minutes on two cores)
 	$(OFFLINE) $(BIN)/python -m trainers.world_models
 
-clean:  ## remove everything that the demo made
-	rm -rf $(POLYPHONY_HOME)
+clean:  ## remove what the demo made in this folder
+	rm -rf "$(CURDIR)/.polyphony"

@@ -15,7 +15,7 @@ _DEPENDENCIES = {
     "consensus": (),
     "smoothed": ("calibration",),
     "minority": ("calibration",),
-    "preferences": ("calibration", "consensus", "smoothed", "minority"),
+    "preferences": ("calibration", "consensus", "smoothed"),
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import signal
@@ -26,9 +27,12 @@ GRACE_SECONDS = 5.0
 _PR_SET_PDEATHSIG = 1
 
 
-def _die_with_parent() -> None:
+def _die_with(parent: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            # The parent died before the call; nobody will ever send the signal.
+            os._exit(1)
 
 
 def run_module(
@@ -54,7 +58,7 @@ def run_module(
         text=True,
         errors="replace",
         start_new_session=True,
-        preexec_fn=_die_with_parent,
+        preexec_fn=functools.partial(_die_with, os.getpid()),
         env={**os.environ, **(environment or {})},
     )
     assert process.stdout is not None

@@ -116,6 +116,32 @@ def _duplicates(store: Store, shard_keys: list[str]) -> pl.DataFrame:
     )
 
 
+def require_current(store: Store, shard_keys: list[str]) -> list[Manifest]:
+    """Return the commits of the catalogue's tables, made from the votes, images and prompts of these shards as they are.
+
+    Raises:
+        tables.StoreError: a table is missing or older than a shard.
+    """
+    votes, images, prompts = ([store.require(t, k) for k in shard_keys] for t in ("votes", "images", "prompts"))
+    return [
+        store.require_current("catalogue_images", made_from=images),
+        store.require_current("catalogue_prompts", made_from=[*votes, *prompts]),
+        store.require_current("catalogue_scorables", made_from=votes),
+        store.require_current("catalogue_duplicates", made_from=votes),
+    ]
+
+
+def require_images_and_scorables(store: Store, shard_key: str) -> None:
+    """Refuse a catalogue that has not seen a shard's present images and votes.
+
+    Raises:
+        tables.StoreError: the shard is not ingested, or the catalogue is missing or older than it.
+    """
+    store.require_current("catalogue_images", made_from=[store.require("images", shard_key)])
+    store.require_current("catalogue_scorables", made_from=[store.require("votes", shard_key)])
+    store.require_current("catalogue_prompts", made_from=[store.require("prompts", shard_key)])
+
+
 def counted_votes(store: Store, shard_keys: list[str]) -> pl.LazyFrame:
     """Return the votes that count: status ok, and no repetition of a vote of another shard."""
     votes = store.scan(schemas.VOTES, partitions=shard_keys).filter(pl.col("status") == "ok")

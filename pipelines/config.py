@@ -95,7 +95,7 @@ class EvaluationConfig(_Model):
 
 
 class Config(_Model):
-    """Everything. Relative paths are relative to `home`."""
+    """Everything. Relative paths are relative to the working directory."""
 
     home: str = pydantic.Field(description="folder of raw data, runs and, by default, the store")
     store: str = pydantic.Field("", description="folder of the tables; <home>/store if empty")
@@ -114,6 +114,8 @@ class Config(_Model):
         for what, names in (("sources", [s.name for s in self.sources]), ("scorers", [s.name for s in self.scorers])):
             if len(set(names)) < len(names):
                 raise ValueError(f"{what}: names repeat: {names}")
+        if reserved := {s.name for s in self.scorers} & {"ensemble", "fidelity"}:
+            raise ValueError(f"scorers: the names {sorted(reserved)} are taken by columns of our own; choose others")
         if self.labels.tie_policy == "tie_breaker" and self.labels.tie_breaker not in {s.name for s in self.scorers}:
             raise ValueError(f"labels.tie_breaker: {self.labels.tie_breaker!r} is none of the scorers")
         return self

@@ -50,7 +50,8 @@ def preferences(
             .first(),
         )
     )
-    frame = pairs.join(prompts.select("prompt_id", "prompt", "split"), on="prompt_id")
+    # A left join: a prompt that the catalogue lacks breaks the rule that split is never null, instead of losing its pairs.
+    frame = pairs.join(prompts.select("prompt_id", "prompt", "split"), on="prompt_id", how="left")
     frame = frame.join(sources, on="pair_id", how="left").join(humans, on="pair_id", how="left")
     for i in (0, 1):
         side = by_image.rename({"image_id": f"image_{i}_id", "packed": f"packed_{i}", "bad": f"bad_{i}"})

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Callable
 
 from pipelines.config import ConfigError
+from pipelines.schemas import SchemaError
 from pipelines.scoring.checkpoints import CheckpointError
 from pipelines.sources import SourceError
 from pipelines.tables import StoreError
 
-EXPECTED = (ConfigError, CheckpointError, SourceError, StoreError, FileNotFoundError)
+EXPECTED = (ConfigError, CheckpointError, SchemaError, SourceError, StoreError, FileNotFoundError, FileExistsError)
 
 
 def run_command(main: Callable[[], int]) -> int:

@@ -5,9 +5,11 @@ Belongs here: how an identity is computed. Does not belong here: who owns what (
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import unicodedata
+from pathlib import Path
 from typing import Any
 
 ID_CHARACTERS = 32
@@ -52,6 +54,21 @@ def pair_id(prompt: str, image_0: str, image_1: str) -> str:
 def vote_id(source: str, source_row: str, k: int) -> str:
     """Return the id of the k-th vote of a source's row (k counts raters and pairs of a ranking)."""
     return _key("vote", source, source_row, str(k))
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest(path: Path, size: int, modified_ns: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return a file's sha256; read again only if its size or time of change is another than before in this process."""
+    stat = path.stat()
+    return _digest(path, stat.st_size, stat.st_mtime_ns)
 
 
 def fingerprint(**parts: Any) -> str:

@@ -43,7 +43,7 @@ def ingest_shard(store: Store, source: SourceConfig, shard: Shard) -> dict[str, 
     mark = identity.fingerprint(
         code_version=CODE_VERSION,
         schema_versions=[t.version for t in (schemas.VOTES, schemas.IMAGES, schemas.PROMPTS)],
-        shard=shard.fingerprint,
+        shard=LAYOUTS[source.layout].fingerprint(shard),
         source=source.name,
         layout=source.layout,
         family=source.annotator_family,

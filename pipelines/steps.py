@@ -35,6 +35,8 @@ class Labels:
             for s in self.scorers
             for k in self.shard_keys
         ]
+        catalogue.require_current(self.store, self.shard_keys)
+        batches.require_current(self.store, self.config, self.shard_keys)
         votes = [self.store.require("votes", k) for k in self.shard_keys]
         return [*votes, self.store.require("catalogue_duplicates"), *scores, *(self.store.require(t) for t in tables)]
 

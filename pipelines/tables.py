@@ -9,6 +9,7 @@ Belongs here: reading, writing, committing, reusing. Does not belong here: what 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ import pyarrow.parquet as pq
 from pipelines import schemas
 from pipelines.identity import fingerprint
 
+STAGED_SECONDS = 86_400
 WHOLE = "all"
 """Partition of a table that is not cut."""
 
@@ -168,6 +170,8 @@ class Store:
                 )
             content = _sha256(staged)
             size = staged.stat().st_size
+            # Uncommitted first: a crash between the two files must not leave new rows under an old commit.
+            self._uncommit(table.name, partition)
             self.publish(f"{table.name}/{partition}.parquet", staged)
         finally:
             staged.unlink(missing_ok=True)
@@ -207,6 +211,33 @@ class Store:
                 f"{self.location}: table {table!r} has no partition {partition!r}; materialize it first "
                 f"(`python -m pipelines run`, or the asset in Dagster)"
             )
+        return manifest
+
+    def _uncommit(self, table: str, partition: str) -> None:
+        name = f"{self._root}/_manifests/{table}/{partition}.json"
+        if self._fs.exists(name):
+            self._fs.rm_file(name)
+
+    def require_current(self, table: str, partition: str = WHOLE, made_from: Iterable[Manifest] = ()) -> Manifest:
+        """Return the commit of a partition that was made from its inputs as they are now.
+
+        made_from: inputs that it must have seen.
+
+        Raises:
+            StoreError: it is not there, or older than one of its inputs; the message names both and what to do.
+        """
+        manifest = self.require(table, partition)
+        present = {f"{m.table}/{m.partition}": m.content for m in made_from}
+        for name in manifest.inputs.keys() - present.keys():
+            source, _, rest = name.partition("/")
+            if (found := self.manifest(source, rest)) is not None:
+                present[name] = found.content
+        for name, content in sorted(present.items()):
+            if manifest.inputs.get(name) != content:
+                raise StoreError(
+                    f"{self.location}: {table}/{partition} was made from another {name} than the present one; materialize "
+                    f"{table} again (`python -m pipelines run`, or the asset in Dagster)"
+                )
         return manifest
 
     def manifests(self, table: str, below: str = "") -> list[Manifest]:
@@ -275,10 +306,12 @@ class Store:
         return Built(manifest, False)
 
     def clear_staging(self) -> None:
-        """Remove what interrupted writes left behind (call it when no other process writes)."""
+        """Remove what interrupted writes left behind: staged files that nobody has touched for a day."""
         if self.is_local:
             for file in (Path(self._root) / "_staging").glob("*.staged"):
-                file.unlink(missing_ok=True)
+                with contextlib.suppress(FileNotFoundError):
+                    if time.time() - file.stat().st_mtime > STAGED_SECONDS:
+                        file.unlink()
 
     def write_views(self) -> str:
         """Write `views.sql` (DuckDB views over the committed, current partitions) and the data dictionary."""
@@ -296,6 +329,8 @@ class Store:
             columns = "*"
             if table is schemas.SCORES:
                 columns = "*, regexp_extract(filename, '/scores/([^/]+)/revision=', 1) AS scorer"
+            if table.cut_by in ("model", "recipe"):
+                columns = f"*, regexp_extract(filename, '/{table.name}/([^/]+)\\.parquet$', 1) AS {table.cut_by}"
             lines.append(
                 f"CREATE OR REPLACE VIEW {table.name} AS SELECT {columns} "
                 f"FROM read_parquet([{files}], filename = true, union_by_name = true);"

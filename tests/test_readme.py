@@ -33,10 +33,23 @@ def test_every_file_of_the_readmes_tree_is_there_and_every_module_is_in_the_tree
 
 
 def test_the_readme_and_the_code_speak_of_the_project_alone():
-    for file in [ROOT / "README.md", ROOT / "CONTEXT.md", ROOT / "LOG.md", *ROOT.glob("pipelines/**/*.py")]:
+    named = (
+        "README.md",
+        "CONTEXT.md",
+        "LOG.md",
+        "Makefile",
+        "pyproject.toml",
+        "constraints.txt",
+        "dagster.yaml",
+        ".ci/run",
+    )
+    code = [f for part in ("pipelines", "trainers", "assets", "benchmarks") for f in ROOT.glob(f"{part}/**/*.py")]
+    for file in [*(ROOT / n for n in named), *code]:
         text = file.read_text()
         assert "/work/" not in text, file
         assert "pypi.org" not in text, file
+        assert "@@" not in text, file
+        assert not re.search(r"\bissue #?\d|\bin this session\b", text), file
 
 
 def test_pictures_of_the_readme_are_there():

@@ -12,7 +12,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import torch
 
-from pipelines import images, schemas
+from pipelines import catalogue, images, schemas
 from pipelines.config import BackboneConfig
 from pipelines.identity import fingerprint
 from pipelines.tables import Built, Store
@@ -49,7 +49,7 @@ def cache_latents(store: Store, shard_key: str, backbone: Backbone, progress: Pr
     Images that cannot be decoded get no latent; why stands in `scores.status` and `preferences.excluded_because`.
     """
     source = store.require("images", shard_key)
-    store.require("catalogue_images")
+    catalogue.require_images_and_scorables(store, shard_key)
     owned = set(
         store.scan(schemas.CATALOGUE_IMAGES)
         .filter(pl.col("owner") == shard_key)

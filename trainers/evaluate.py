@@ -62,11 +62,37 @@ def evaluate(store: Store, config: Config, model: str, device: str, progress: Pr
 
     parameters = {
         "scorers": {s.name: checkpoints.revision(s) for s in config.scorers},
-        "has_world": config.world is not None,
+        "world": None if config.world is None else _world_facts(),
     }
     return store.build(
         schemas.EVALUATIONS, make, inputs=[samples], code_version=CODE_VERSION, parameters=parameters, partition=model
     )
+
+
+PROMISED_GAIN_SD, PROMISED_FIDELITY_LOSS = 0.2, 0.05
+
+
+def promises(board: pl.DataFrame) -> list[tuple[str, bool]]:
+    """Return what Diffusion-DPO must do on the small world as shipped, each with whether the leaderboard shows it."""
+    rows = {r["scorer"]: r for r in board.filter(pl.col("model") == "diffusion_dpo").iter_rows(named=True)}
+    taste, fidelity, pairs = rows["taste:majority"], rows["fidelity"], rows[HELD_OUT]
+    return [
+        (
+            f"gains >= {PROMISED_GAIN_SD} sd of true majority utility, interval above 0",
+            taste["gain_sd"] >= PROMISED_GAIN_SD and taste["gain_sd_low"] > 0,
+        ),
+        (
+            f"prompt fidelity falls by at most {100 * PROMISED_FIDELITY_LOSS:.0f} points",
+            fidelity["gain"] >= -PROMISED_FIDELITY_LOSS,
+        ),
+        ("held-out implicit accuracy above 50 %, with its interval", pairs["win_rate_low"] > 0.5),
+    ]
+
+
+def _world_facts() -> dict[str, Any]:
+    from pipelines.world import people, raw
+
+    return {"code_version": raw.CODE_VERSION, **people.facts()}
 
 
 def held_out(
@@ -174,9 +200,9 @@ def compare(base: pl.DataFrame, model: pl.DataFrame, resamples: int) -> list[dic
 
 def leaderboard(store: Store, config: Config, recipes: list[str]) -> Built:
     """Build `leaderboard` from the evaluations of base and recipes and from their held-out pairs."""
-    base = store.require("evaluations", BASE)
-    models = [store.require("evaluations", r) for r in recipes]
-    pairs = [store.require("held_out", r) for r in recipes]
+    base = store.require_current("evaluations", BASE)
+    models = [store.require_current("evaluations", r) for r in recipes]
+    pairs = [store.require_current("held_out", r) for r in recipes]
     resamples = config.evaluation.bootstrap
 
     def make() -> pl.DataFrame:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from accelerate import Accelerator
 from pipelines import schemas
 from pipelines.config import Config
 from pipelines.identity import fingerprint
-from pipelines.tables import Built, Store
+from pipelines.tables import Built, Store, StoreError
 from trainers import data, losses, noising, randomness
 from trainers.caches import Backbone
 from trainers.recipes import Objective, Recipe
@@ -31,7 +30,7 @@ CODE_VERSION = "1"
 Progress = Callable[[str], None]
 
 
-class NotTrained(RuntimeError):
+class NotTrained(StoreError):
     """A trained model is needed that is not there; the message says what to run."""
 
 
@@ -100,6 +99,8 @@ def train(run: Run, progress: Progress = print) -> Trained:
     run.folder.mkdir(parents=True, exist_ok=True)
     recipe, backbone = run.recipe, run.backbone.model
     accelerator = Accelerator(cpu=backbone.device.type == "cpu")
+    if accelerator.num_processes > 1:
+        raise NotImplementedError(f"training in one process only so far, found {accelerator.num_processes}; start one")
     pairs = data.PairData(
         run.store, data.select_pairs(run.store, recipe.policy, ["train"]), run.backbone, backbone.latent_scale
     )
@@ -119,10 +120,9 @@ def train(run: Run, progress: Progress = print) -> Trained:
     for step in range(first, run.steps):
         row = _step(run, accelerator, model, reference, optimizer, pairs, step)
         metrics.append(row)
-        if accelerator.is_main_process:
-            progress(json.dumps({"recipe": recipe.name, "of": run.steps, **row}))
-            if (step + 1) % run.config.training.checkpoint_every == 0 and step + 1 < run.steps:
-                checkpoint.save(accelerator.unwrap_model(model), optimizer, reference, metrics)
+        progress(json.dumps({"recipe": recipe.name, "of": run.steps, **row}))
+        if (step + 1) % run.config.training.checkpoint_every == 0 and step + 1 < run.steps:
+            checkpoint.save(accelerator.unwrap_model(model), optimizer, reference, metrics)
     backbone.export(accelerator.unwrap_model(model).eval(), run.model_folder)
     manifest = run.store.write(
         schemas.TRAINING_METRICS,
@@ -155,13 +155,11 @@ def _step(
     """Take one optimiser step; return its row of `training_metrics`."""
     started = time.monotonic()
     recipe, backbone, seed = run.recipe, run.backbone.model, run.config.training.seed
-    everything = data.batch_rows(step, recipe.batch_size, len(pairs), seed)
-    # Ranks take turns, so that the global batch is the same on any number of devices.
-    mine = everything[accelerator.process_index :: accelerator.num_processes]
+    drawn = data.batch_rows(step, recipe.batch_size, len(pairs), seed)
     ids = pairs.pairs["pair_id"]
-    keys = [(seed, ids[row], epoch) for row, epoch in mine]
+    keys = [(seed, ids[row], epoch) for row, epoch in drawn]
     dropped = randomness.uniform([(*k, "dropout") for k in keys]) < recipe.prompt_dropout
-    batch = pairs.batch([row for row, _ in mine], keys, dropped.tolist())
+    batch = pairs.batch([row for row, _ in drawn], keys, dropped.tolist())
     device = accelerator.device
     noise = randomness.normal(pairs.latent_shape, [(*k, "noise") for k in keys]).to(device)
     timesteps = randomness.integers(backbone.timesteps, [(*k, "timestep") for k in keys]).to(device)
@@ -179,12 +177,11 @@ def _step(
     optimizer.zero_grad(set_to_none=True)
     reference.after_step(step + 1, accelerator.unwrap_model(model))
     margin = pair_batch.margin.detach()
-    means = accelerator.reduce(torch.stack([loss.detach(), agreement(margin).mean(), margin.mean()]), reduction="mean")
     return {
         "step": step + 1,
-        "loss": float(means[0]),
-        "implicit_accuracy": float(means[1]),
-        "margin": float(means[2]),
+        "loss": float(loss.detach()),
+        "implicit_accuracy": float(agreement(margin).mean()),
+        "margin": float(margin.mean()),
         "gradient_norm": float(norm),
         "pairs_per_second": round(recipe.batch_size / (time.monotonic() - started), 2),
     }
@@ -257,4 +254,4 @@ class _Checkpoint:
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
-        shutil.rmtree(self.path.with_suffix(".writing"), ignore_errors=True)
+        self.path.with_suffix(".writing").unlink(missing_ok=True)

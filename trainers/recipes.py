@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from pipelines.config import ConfigError
 from pipelines.curation import ConsensusPolicy, HumanPolicy, Policy
 
 
@@ -92,8 +93,8 @@ def recipe(name: str) -> Recipe:
     """Return the recipe of that name.
 
     Raises:
-        ValueError: there is none.
+        ConfigError: there is none.
     """
     if name not in RECIPES:
-        raise ValueError(f"recipe: expected one of {sorted(RECIPES)}, found {name!r}")
+        raise ConfigError(f"recipe: expected one of {sorted(RECIPES)}, found {name!r}")
     return RECIPES[name]()

@@ -2,6 +2,8 @@
 
     vote_k = sign(d_k) in {-1, 0, 1};   y = sign(sum_k vote_k);   agreement = |sum_k vote_k| / K
 
+K counts the scorers that have a score of both images.
+
 The paper fixes aggregation in label space; what decides an even vote is our reading, hence a policy:
 `drop` (undecided), `human` (the mean human label), `tie_breaker` (one scorer), `keep_order` (image_0 in id order: a
 fixed coin, independent of what was displayed first).

@@ -12,7 +12,7 @@ from typing import Any
 import polars as pl
 import pyarrow.parquet as pq
 
-from pipelines import images, schemas
+from pipelines import catalogue, images, schemas
 from pipelines.config import Config, ScorerConfig
 from pipelines.identity import fingerprint
 from pipelines.scoring import checkpoints
@@ -45,25 +45,14 @@ def score_shard(
         tables.StoreError: the shard is not ingested or there is no catalogue.
     """
     models = {} if models is None else models
+    catalogue.require_images_and_scorables(store, shard_key)
     image_manifest = store.require("images", shard_key)
-    store.require("catalogue_scorables")
-    owned = (
-        store.scan(schemas.CATALOGUE_SCORABLES)
-        .filter(pl.col("owner") == shard_key)
-        .join(store.scan(schemas.CATALOGUE_PROMPTS).select("prompt_id", "prompt"), on="prompt_id")
-        .sort("image_id", "prompt_id")
-        .collect()
-    )
-    # Only what this shard owns enters the fingerprint: a new shard elsewhere leaves these scores as they are.
-    wanted = fingerprint(rows=owned.select("image_id", "prompt_id").rows(), images=image_manifest.content)
+    owned = _owned(store, [shard_key]).collect()
     marks, built, due = {}, {}, []
     for scorer in scorers:
         revision = checkpoints.revision(scorer)
         where = partition(scorer.name, revision, shard_key)
-        marks[scorer.name] = (
-            where,
-            fingerprint(code_version=CODE_VERSION, version=schemas.SCORES.version, rows=wanted, revision=revision),
-        )
+        marks[scorer.name] = (where, _mark(owned, image_manifest.content, revision))
         existing = store.manifest("scores", where)
         if existing is not None and existing.fingerprint == marks[scorer.name][1]:
             built[scorer.name] = Built(existing, True)
@@ -98,6 +87,46 @@ def score_shard(
         )
         built[model.name] = Built(manifest, False)
     return built
+
+
+def _owned(store: Store, shard_keys: list[str]) -> pl.LazyFrame:
+    """Return the (image, prompt) pairs that the shards own: image_id, prompt_id, owner, prompt."""
+    return (
+        store.scan(schemas.CATALOGUE_SCORABLES)
+        .filter(pl.col("owner").is_in(shard_keys))
+        .join(store.scan(schemas.CATALOGUE_PROMPTS).select("prompt_id", "prompt"), on="prompt_id")
+        .sort("image_id", "prompt_id")
+    )
+
+
+def _mark(owned: pl.DataFrame, images_content: str, revision: str) -> str:
+    # Only what this shard owns enters: a new shard elsewhere leaves these scores as they are.
+    rows = owned.select("image_id", "prompt_id").rows()
+    wanted = fingerprint(rows=rows, images=images_content)
+    return fingerprint(code_version=CODE_VERSION, version=schemas.SCORES.version, rows=wanted, revision=revision)
+
+
+def require_current(store: Store, config: Config, shard_keys: list[str]) -> None:
+    """Refuse scores that were made for other images or another ownership than the present ones.
+
+    Raises:
+        StoreError: a shard's scores under the present revision of a scorer are missing or old; names shard and scorer.
+    """
+    by_owner = {key: part for (key,), part in _owned(store, shard_keys).collect().group_by("owner")}
+    nothing = pl.DataFrame(schema={"image_id": pl.String, "prompt_id": pl.String})
+    for scorer in config.scorers:
+        revision = checkpoints.revision(scorer)
+        for key in shard_keys:
+            content = store.require("images", key).content
+            # group_by does not promise an order within a group.
+            owned = by_owner.get(key, nothing).sort("image_id", "prompt_id")
+            manifest = store.manifest("scores", partition(scorer.name, revision, key))
+            if manifest is None or manifest.fingerprint != _mark(owned, content, revision):
+                state = "missing" if manifest is None else "older than the shard or the catalogue"
+                raise StoreError(
+                    f"scores of {scorer.name} revision {revision}, shard {key}, are {state}; score it "
+                    f"(`python -m pipelines score`, or materialize scores/{scorer.name})"
+                )
 
 
 def load(scorer: ScorerConfig, device: str) -> Any:
@@ -163,15 +192,10 @@ def activate(store: Store, config: Config, shard_keys: list[str]) -> dict[str, s
     """Make the present revisions the active ones if every shard is scored; return scorer -> revision.
 
     Raises:
-        StoreError: a shard lacks scores of a revision.
+        StoreError: a shard's scores are missing or old.
     """
+    require_current(store, config, shard_keys)
     revisions = {s.name: checkpoints.revision(s) for s in config.scorers}
-    for name, revision in revisions.items():
-        missing = [k for k in shard_keys if store.manifest("scores", partition(name, revision, k)) is None]
-        if missing:
-            raise StoreError(
-                f"scores of {name} revision {revision}: shards {missing[:5]} are missing; score them first"
-            )
     if store.current_revisions() != revisions:
         import json
 

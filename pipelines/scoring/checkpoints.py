@@ -5,12 +5,10 @@ Belongs here: files and their digests. Does not belong here: loading weights int
 
 from __future__ import annotations
 
-import functools
-import hashlib
 from pathlib import Path
 
 from pipelines.config import ScorerConfig
-from pipelines.identity import fingerprint
+from pipelines.identity import file_digest, fingerprint
 
 PREPROCESSING_VERSION = {
     "pickscore": "rgb,shortest-bicubic-pil,crop-floor:1",
@@ -19,6 +17,7 @@ PREPROCESSING_VERSION = {
 CLIP_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 """Either of these sets makes a CLIP tokenizer."""
+OPTIONAL_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 REVISION_CHARACTERS = 12
 
 
@@ -57,20 +56,11 @@ def resolve(scorer: ScorerConfig) -> Path:
     return folder
 
 
-@functools.lru_cache(maxsize=64)
-def _digest(path: Path, size: int, modified_ns: int) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def revision(scorer: ScorerConfig) -> str:
     """Return 12 hex characters: weights, tokenizer and configuration files, and our preprocessing's version."""
     folder = resolve(scorer)
     names = [*CLIP_FILES, *(f for files in TOKENIZER_FILES for f in files if (folder / f).exists())]
-    stats = {f: (folder / f).stat() for f in names}
-    digests = {f: _digest(folder / f, s.st_size, s.st_mtime_ns) for f, s in stats.items()}
+    names += [f for f in OPTIONAL_FILES if (folder / f).exists()]
+    digests = {f: file_digest(folder / f) for f in names}
     mark = fingerprint(files=digests, kind=scorer.kind, preprocessing=PREPROCESSING_VERSION[scorer.kind])
     return mark[:REVISION_CHARACTERS]

@@ -74,6 +74,12 @@ class ClipPreprocessing:
         options = json.loads((folder / "preprocessor_config.json").read_text())
         size = options["crop_size"]
         self.size = int(size["height"] if isinstance(size, dict) else size)
+        shortest = options["size"]["shortest_edge"] if isinstance(options["size"], dict) else options["size"]
+        if shortest != self.size or options.get("resample", 3) != Image.Resampling.BICUBIC:
+            raise checkpoints.CheckpointError(
+                f"{folder / 'preprocessor_config.json'}: size {shortest}, crop {self.size}, resample "
+                f"{options.get('resample')}: only bicubic (3) to the crop's size is implemented; scores would be wrong"
+            )
         self._mean = torch.tensor(options["image_mean"]).view(3, 1, 1)
         self._std = torch.tensor(options["image_std"]).view(3, 1, 1)
         self.key = f"clip:{self.size}:{options['image_mean']}:{options['image_std']}"

@@ -1,8 +1,8 @@
-"""Sources: one file per layout, each giving the same two functions.
+"""Sources: one file per layout, each giving the same three functions.
 
-`list_shards(source) -> list[Shard]` and `read_shard(source, shard) -> Iterator[RawChunk]`. A chunk's votes point at its
-images by `image_key`, so that bytes stand once however many raters saw them. Belongs here: what a layout says.
-Does not belong here: identities, statuses of images, writing (`pipelines.ingest`).
+`list_shards(source) -> list[Shard]`, `fingerprint(shard) -> str`, `read_shard(source, shard) -> Iterator[RawChunk]`. A
+chunk's votes point at its images by `image_key`, so that bytes stand once however many raters saw them. Belongs here:
+what a layout says. Does not belong here: identities, statuses of images, writing (`pipelines.ingest`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ class SourceError(ValueError):
 
 @dataclass(frozen=True)
 class Shard:
-    """A piece of a source that is ingested at once. `key` is unique over all sources and names files and partitions."""
+    """A piece of a source that is ingested at once. `key` is unique over all sources and names files and partitions.
+
+    `fingerprint` is of the file that lists the rows; a layout's `fingerprint` function adds what else they name.
+    """
 
     key: str
     source: str

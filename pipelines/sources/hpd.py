@@ -6,6 +6,7 @@ A shard is a range of records of one of the two files. A test group gives one vo
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -13,8 +14,8 @@ from typing import Any
 
 import polars as pl
 
+from pipelines import identity
 from pipelines.config import SourceConfig
-from pipelines.identity import fingerprint
 from pipelines.sources import IMAGE_SCHEMA, VOTE_SCHEMA, RawChunk, Shard, SourceError
 
 FIELDS = {
@@ -31,8 +32,14 @@ def _records(path: Path) -> list[dict[str, Any]]:
         raise SourceError(f"{path}: not a readable JSON file ({error}); fetch it again") from error
     if not isinstance(records, list) or any(not isinstance(r, dict) for r in records):
         raise SourceError(f"{path}: expected a list of objects, as HPDv2's {path.name}, found {type(records).__name__}")
-    needed = FIELDS[path.stem]
-    for i, record in enumerate(records):
+    return records
+
+
+def _shard_records(shard: Shard) -> list[dict[str, Any]]:
+    """Return the shard's records; a record of another shard that lacks a field costs this one nothing."""
+    path = Path(shard.file)
+    records, needed = _records(path)[shard.start : shard.stop], FIELDS[path.stem]
+    for i, record in enumerate(records, shard.start):
         if missing := [f for f in needed if f not in record]:
             raise SourceError(
                 f"{path}: record {i}: field {missing[0]!r} is missing; expected {needed}, found {sorted(record)}"
@@ -57,17 +64,33 @@ def list_shards(source: SourceConfig) -> list[Shard]:
         for start in range(0, count, per_shard):
             stop = min(start + per_shard, count)
             key = f"{source.name}.{split}-{start:07d}"
-            mark = fingerprint(file=path.name, size=stat.st_size, modified=stat.st_mtime_ns, start=start, stop=stop)
+            mark = identity.fingerprint(
+                file=path.name, size=stat.st_size, modified=stat.st_mtime_ns, start=start, stop=stop
+            )
             shards.append(Shard(key, source.name, str(path), mark, start, stop))
     if not shards:
         raise SourceError(f"source {source.name!r}: neither train.json nor test.json with records lies in {folder}")
     return shards
 
 
+def fingerprint(shard: Shard) -> str:
+    """Return what changes when the shard's records change, or an image file that they name comes, goes or changes."""
+    path = Path(shard.file)
+    names = {n for r in _shard_records(shard) for n in r["file_path" if path.stem == "train" else "image_path"] or []}
+    stats: dict[str, tuple[int, int] | None] = {}
+    for name in sorted(str(n) for n in names):
+        try:
+            stat = (path.parent / path.stem / name).stat()
+            stats[name] = (stat.st_size, stat.st_mtime_ns)
+        except OSError:
+            stats[name] = None
+    return identity.fingerprint(shard=shard.fingerprint, images=stats)
+
+
 def read_shard(source: SourceConfig, shard: Shard) -> Iterator[RawChunk]:
     """Yield the shard's records as votes, with the bytes of the image files they name."""
     path = Path(shard.file)
-    records = _records(path)[shard.start : shard.stop]
+    records = _shard_records(shard)
     convert = _train_votes if path.stem == "train" else _test_votes
     for offset in range(0, len(records), CHUNK_RECORDS):
         votes: list[dict[str, Any]] = []
@@ -142,7 +165,8 @@ def _test_votes(path: Path, index: int, record: dict[str, Any]) -> tuple[list[di
     votes = []
     for r, annotation in enumerate(raters):
         ranks = annotation.get("rank")
-        _check(path, index, f"rank of rater {r}", _is_list(ranks, (int, float)), "a list of numbers", ranks)
+        is_ranking = _is_list(ranks, (int, float)) and all(math.isfinite(x) and not isinstance(x, bool) for x in ranks)
+        _check(path, index, f"rank of rater {r}", is_ranking, "a list of finite numbers", ranks)
         if len(ranks) != len(files):
             raise SourceError(
                 f"{path}: record {index}: rater {r} ranks {len(ranks)} images, the group has {len(files)}; both must agree"

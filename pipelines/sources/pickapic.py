@@ -10,8 +10,8 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines import identity
 from pipelines.config import SourceConfig
-from pipelines.identity import fingerprint
 from pipelines.sources import IMAGE_SCHEMA, VOTE_SCHEMA, RawChunk, Shard, SourceError
 
 TYPES = {
@@ -50,9 +50,14 @@ def list_shards(source: SourceConfig) -> list[Shard]:
     shards = []
     for file in files:
         stat = file.stat()
-        mark = fingerprint(file=file.name, size=stat.st_size, modified=stat.st_mtime_ns)
+        mark = identity.fingerprint(file=file.name, size=stat.st_size, modified=stat.st_mtime_ns)
         shards.append(Shard(f"{source.name}.{file.stem}", source.name, str(file), mark))
     return shards
+
+
+def fingerprint(shard: Shard) -> str:
+    """Return what changes when the shard's file changes; it names no other file."""
+    return shard.fingerprint
 
 
 def read_shard(source: SourceConfig, shard: Shard) -> Iterator[RawChunk]:

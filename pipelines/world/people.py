@@ -10,7 +10,7 @@ Belongs here: the mathematics of people. Does not belong here: pictures (`scene`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -74,6 +74,11 @@ RENDERERS = (
     Renderer("pastel-mini", 0.28, (1.5, 1.5), (1.2, 2.5), 0.000),
     Renderer("neon-turbo", 0.06, (1.5, 1.5), (2.5, 1.2), 0.015),
 )
+
+
+def facts() -> dict[str, list[dict[str, object]]]:
+    """Return tastes and renderers as plain values: what a world depends on beside its configuration."""
+    return {"tastes": [asdict(t) for t in TASTES], "renderers": [asdict(r) for r in RENDERERS]}
 
 
 def draw(wanted: list[scene.Wanted], renderer_index: np.ndarray, rng: np.random.Generator) -> scene.Scenes:

@@ -49,6 +49,8 @@ PICKAPIC_SCHEMA = pa.schema(
         ("__index_level_0__", pa.int64()),
     ]
 )
+CODE_VERSION = "1"
+"""Of the grammar, the renderer and the files: another one makes another world from the same parameters."""
 FIRST_VOTE_AT = dt.datetime(2023, 2, 1, tzinfo=dt.UTC)
 
 
@@ -79,6 +81,11 @@ class WorldConfig:
     jpeg_quality: int = 95
     prompt_pool: str = "store"
     """Which half of the grammar's prompts: 'store' (two thirds) or 'rewards' (one third, for training reward models)."""
+
+    def __post_init__(self) -> None:
+        for name in ("minority_share", "slip_rate", "unlabelled_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"world.{name}: expected a share between 0 and 1, found {getattr(self, name)}")
 
     def population(self, annotators: int) -> people.Population:
         """Return the population with this world's shares and noise."""
@@ -292,7 +299,8 @@ def write_world(folder: Path, config: WorldConfig | None = None) -> bool:
         FileExistsError: `folder` holds something that is not a small world.
     """
     config = config or WorldConfig()
-    parameters = json.dumps({"format": 1, **asdict(config)}, indent=2, sort_keys=True)
+    facts = {"code_version": CODE_VERSION, "people": people.facts(), **asdict(config)}
+    parameters = json.dumps(facts, indent=2, sort_keys=True)
     mark = folder / "world.json"
     if mark.exists() and mark.read_text() == parameters:
         return False

@@ -507,3 +507,29 @@ def test_two_shards_of_one_key_are_refused(tiny_world, sources_of):
     twice = config.model_copy(update={"sources": (source, source)})
     with pytest.raises(SourceError, match="shard keys repeat"):
         ingest.list_shards(twice)
+
+
+def test_image_files_that_arrive_after_the_lists_are_ingested_by_the_next_run(world_copy, sources_of, store, tmp_path):
+    _, source = sources_of(world_copy)
+    shard = hpd.list_shards(source)[0]
+    images, away = world_copy / "hpdv2" / "train", tmp_path / "away"
+    images.rename(away)
+    first = ingest.ingest_shard(store, source, shard)
+    assert set(first["images"].manifest.rows_by_status) == {"no_bytes"}
+    away.rename(images)
+    second = ingest.ingest_shard(store, source, hpd.list_shards(source)[0])
+    assert not second["images"].is_reused
+    assert set(second["images"].manifest.rows_by_status) == {"ok"}
+    assert ingest.ingest_shard(store, source, shard)["images"].is_reused
+
+
+def test_a_bad_record_costs_its_own_shard_and_no_other(world_copy, sources_of, store):
+    _, source = sources_of(world_copy)
+    path = world_copy / "hpdv2" / "train.json"
+    records = json.loads(path.read_text())
+    del records[0]["prompt"]
+    path.write_text(json.dumps(records))
+    first, second, *_ = hpd.list_shards(source)
+    with pytest.raises(SourceError, match=r"record 0: field 'prompt' is missing"):
+        ingest.ingest_shard(store, source, first)
+    assert ingest.ingest_shard(store, source, second)["votes"].manifest.rows == 10

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import duckdb
@@ -166,9 +167,13 @@ def test_what_an_interrupted_write_left_behind_is_cleared_and_never_read(store):
     store.write(schemas.PROMPTS, prompts("one"), made_from="x")
     left = Path(store.location, "_staging", "x.staged")
     left.write_bytes(b"half a file")
+    of_a_writer = Path(store.location, "_staging", "y.staged")
+    of_a_writer.write_bytes(b"being written")
+    os.utime(left, (0, 0))
     assert len(store.scan(schemas.PROMPTS).collect()) == 1
     store.clear_staging()
     assert not left.exists()
+    assert of_a_writer.exists()
     assert len(store.scan(schemas.PROMPTS).collect()) == 1
 
 
@@ -214,3 +219,28 @@ def test_the_view_of_scores_names_the_scorer_and_shows_the_active_revision_only(
 def test_the_data_dictionary_lies_beside_the_views(store):
     store.write_views()
     assert Path(store.location, "data_dictionary.md").read_text() == schemas.data_dictionary()
+
+
+def test_a_crash_between_file_and_commit_leaves_no_old_commit_over_new_rows(store, monkeypatch):
+    store.write(schemas.PROMPTS, prompts("one"), made_from="x")
+    publish = store.publish
+
+    def crash(name, content):
+        if name.startswith("_manifests"):
+            raise KeyboardInterrupt
+        publish(name, content)
+
+    monkeypatch.setattr(store, "publish", crash)
+    with pytest.raises(KeyboardInterrupt):
+        store.write(schemas.PROMPTS, prompts("two"), made_from="y")
+    assert store.manifest("prompts") is None
+    assert len(store.scan(schemas.PROMPTS).collect()) == 0
+
+
+def test_a_partition_older_than_its_input_is_refused_with_both_names(store):
+    first = store.write(schemas.PROMPTS, prompts("one"), partition="a", made_from="x")
+    store.write(schemas.PROMPTS, prompts("one"), partition="b", made_from="x", inputs={"prompts/a": first.content})
+    assert store.require_current("prompts", "b", made_from=[first]).partition == "b"
+    store.write(schemas.PROMPTS, prompts("two"), partition="a", made_from="y")
+    with pytest.raises(StoreError, match=r"prompts/b was made from another prompts/a"):
+        store.require_current("prompts", "b")

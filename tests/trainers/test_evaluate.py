@@ -2,7 +2,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from trainers.evaluate import bootstrap_by_prompt, compare
+from trainers.evaluate import HELD_OUT, bootstrap_by_prompt, compare, promises
 
 
 def evaluations(scores, scorer="pickscore"):
@@ -47,3 +47,28 @@ def test_bootstrap_intervals_cover_the_truth_as_often_as_they_say():
         low, high = np.quantile(bootstrap_by_prompt(values, np.arange(60), 400, seed=trial), [0.025, 0.975])
         covered += low <= 0 <= high
     assert 180 <= covered <= 198
+
+
+def board(gain_sd=0.3, gain_sd_low=0.1, fidelity=-0.01, accuracy_low=0.6):
+    rows = [
+        ("diffusion_dpo", "taste:majority", 0.2, gain_sd, gain_sd_low, 0.9),
+        ("diffusion_dpo", "fidelity", fidelity, 0.0, 0.0, 0.5),
+        ("diffusion_dpo", HELD_OUT, None, None, None, accuracy_low),
+    ]
+    return pl.DataFrame(
+        rows, schema=["model", "scorer", "gain", "gain_sd", "gain_sd_low", "win_rate_low"], orient="row"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "broken"),
+    [
+        ({}, []),
+        ({"gain_sd": 0.19}, [0]),
+        ({"gain_sd_low": -0.01}, [0]),
+        ({"fidelity": -0.06}, [1]),
+        ({"accuracy_low": 0.5}, [2]),
+    ],
+)
+def test_a_leaderboard_that_does_not_show_what_the_small_world_promises_is_told_so(change, broken):
+    assert [i for i, (_, holds) in enumerate(promises(board(**change))) if not holds] == broken

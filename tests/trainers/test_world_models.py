@@ -72,3 +72,12 @@ def test_the_tokenizer_reads_words_of_the_world_as_one_token_and_anything_else_a
     ]
     assert len(tokens("größe 🔴").input_ids) > 4
     assert np.max(tokens("größe 🔴").input_ids) < len(tokens)
+
+
+@pytest.mark.slow
+def test_the_whole_check_of_the_script_passes_on_the_committed_weights(capsys):
+    from trainers.world_models import __main__ as script
+
+    assert script.check_generator(WEIGHTS / "tiny-sd")
+    assert script.check_rewards(WEIGHTS)
+    assert "500 samples" in capsys.readouterr().out

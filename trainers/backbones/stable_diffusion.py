@@ -5,7 +5,6 @@ Belongs here: what differs between backbones (loading, encoding, predicting, exp
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from pipelines.config import BackboneConfig
-from pipelines.identity import fingerprint
+from pipelines.identity import file_digest, fingerprint
 
 PARTS = ("unet", "text_encoder", "tokenizer", "vae", "scheduler")
 
@@ -57,13 +56,7 @@ def digest(config: BackboneConfig) -> str:
     """Return 16 hex characters of the backbone's files and resolution: the key of everything cached with it."""
     folder = resolve(config)
     files = sorted(f for p in PARTS for f in (folder / p).rglob("*") if f.is_file())
-    marks = {}
-    for file in files:
-        sha = hashlib.sha256()
-        with file.open("rb") as handle:
-            while block := handle.read(1 << 22):
-                sha.update(block)
-        marks[str(file.relative_to(folder))] = sha.hexdigest()
+    marks = {str(f.relative_to(folder)): file_digest(f) for f in files}
     return fingerprint(files=marks, resolution=config.resolution)
 
 

@@ -142,7 +142,7 @@ def accuracy(model: CLIPModel, pairs: Pairs) -> tuple[float, int]:
     with torch.no_grad():
         margin = torch.cat([_pair_margin(model, _take(pairs, i)) for i in torch.arange(len(pairs)).split(256)])
     decided = pairs.label_0 != 0.5
-    right = (margin > 0) == (pairs.label_0 > 0.5)
+    right = margin * (pairs.label_0 - 0.5) > 0
     return float(right[decided].float().mean()), int(decided.sum())
 
 
