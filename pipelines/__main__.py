@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 import polars as pl
 
@@ -96,9 +95,9 @@ def _sql(store: Store, query: str | None) -> int:
 
     if not query:
         raise StoreError('sql: expected a query, found none; e.g. "SELECT count(*) FROM votes"')
-    views = Path(store.write_views()).read_text()
+    store.write_views()
     with duckdb.connect() as connection:
-        connection.execute(views)
+        connection.execute(store.read_text("views.sql"))
         connection.sql(query).show()
     return 0
 

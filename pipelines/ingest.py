@@ -26,6 +26,11 @@ def list_shards(config: Config) -> list[Shard]:
     Raises:
         SourceError: a source holds nothing of its layout, or two shards have one key.
     """
+    if config.world is not None and not (config.world_folder / "world.json").exists():
+        raise SourceError(
+            f"the small world is not written yet in {config.world_folder}; run `python -m pipelines world` (or `run`), or "
+            f"materialize raw_sources"
+        )
     shards = [s for source in config.sources for s in LAYOUTS[source.layout].list_shards(source)]
     keys = [s.key for s in shards]
     if repeated := sorted({k for k in keys if keys.count(k) > 1}):

@@ -92,6 +92,10 @@ class Store:
         except FileNotFoundError:
             return None
 
+    def read_text(self, name: str) -> str:
+        """Return a text file of the store."""
+        return self._fs.cat_file(f"{self._root}/{name}").decode()
+
     def publish(self, name: str, content: bytes | Path) -> None:
         """Make one file visible at once: fsync and rename on a local disk, one completed upload elsewhere."""
         target = f"{self._root}/{name}"
