@@ -1,6 +1,6 @@
 """Counter-based randomness: every draw is keyed by what it is for, never by step or rank.
 
-So a resumed run, a run on more devices, and another recipe on the same pair see the same noise.
+So a resumed run and another recipe on the same pair see the same noise.
 """
 
 from __future__ import annotations
