@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable
 
 from pipelines.config import ConfigError
+from pipelines.hub import CheckpointError
 from pipelines.schemas import SchemaError
-from pipelines.scoring.checkpoints import CheckpointError
 from pipelines.sources import SourceError
 from pipelines.tables import StoreError
 

@@ -41,7 +41,7 @@ def score_shard(
     `models` keeps loaded models between shards; a model is loaded only if something is to be scored.
 
     Raises:
-        checkpoints.CheckpointError: a checkpoint is missing.
+        hub.CheckpointError: a checkpoint is missing.
         tables.StoreError: the shard is not ingested or there is no catalogue.
     """
     models = {} if models is None else models

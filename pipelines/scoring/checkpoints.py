@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipelines.config import ScorerConfig
+from pipelines.hub import CheckpointError, local_folder
 from pipelines.identity import file_digest, fingerprint
 
 PREPROCESSING_VERSION = {
@@ -21,29 +22,13 @@ OPTIONAL_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 REVISION_CHARACTERS = 12
 
 
-class CheckpointError(FileNotFoundError):
-    """A checkpoint, or a file of it, is missing; the message names it and the command that fetches or makes it."""
-
-
 def resolve(scorer: ScorerConfig) -> Path:
     """Return the local folder of a scorer's checkpoint, fetching it if it is a hub id.
 
     Raises:
         CheckpointError: the folder or one of its files is missing.
     """
-    folder = Path(scorer.checkpoint)
-    looks_local = folder.is_absolute() or scorer.checkpoint.startswith(".") or folder.exists()
-    if not looks_local:
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(scorer.checkpoint))
-        except Exception as error:
-            raise CheckpointError(
-                f"scorer {scorer.name!r}: {scorer.checkpoint!r} is neither a local folder nor to be had from the hub "
-                f"({type(error).__name__}: {error}); run `hf download {scorer.checkpoint} --local-dir FOLDER` where the "
-                f"hub can be reached and set the scorer's checkpoint to FOLDER"
-            ) from error
+    folder = local_folder(f"scorer {scorer.name!r}", "the scorer's checkpoint", scorer.checkpoint)
     missing = [f for f in CLIP_FILES if not (folder / f).exists()]
     if not any(all((folder / f).exists() for f in files) for files in TOKENIZER_FILES):
         missing.append(TOKENIZER_FILES[0][0])

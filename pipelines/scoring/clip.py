@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
 
 from pipelines.config import ScorerConfig
+from pipelines.hub import CheckpointError
 from pipelines.scoring import checkpoints
 
 
@@ -76,7 +77,7 @@ class ClipPreprocessing:
         self.size = int(size["height"] if isinstance(size, dict) else size)
         shortest = options["size"]["shortest_edge"] if isinstance(options["size"], dict) else options["size"]
         if shortest != self.size or options.get("resample", 3) != Image.Resampling.BICUBIC:
-            raise checkpoints.CheckpointError(
+            raise CheckpointError(
                 f"{folder / 'preprocessor_config.json'}: size {shortest}, crop {self.size}, resample "
                 f"{options.get('resample')}: only bicubic (3) to the crop's size is implemented; scores would be wrong"
             )

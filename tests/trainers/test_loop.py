@@ -131,3 +131,33 @@ def test_training_pairs_are_train_pairs_with_the_side_that_people_chose_as_winne
 def test_samples_of_a_model_wait_for_its_training(cached_config):
     with pytest.raises(loop.NotTrained, match="--recipe diffusion_dpo"):
         training_of(cached_config).samples("diffusion_dpo")
+
+
+def test_a_backbone_that_predicts_epsilon_trains_from_log_two_as_well(cached_config, tmp_path):
+    folder = tmp_path / "epsilon"
+    shutil.copytree(cached_config.backbone.checkpoint, folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "prediction_type": "epsilon"}))
+    config = cached_config.model_copy(
+        update={
+            "backbone": cached_config.backbone.model_copy(update={"name": "epsilon", "checkpoint": str(folder)}),
+            "training": cached_config.training.model_copy(update={"steps": 2}),
+        }
+    )
+    training = training_of(config)
+    assert not training.backbone.model.predicts_velocity
+    for key in training.shard_keys():
+        training.latents(key)
+    training.prompt_embeddings()
+    training.train("diffusion_dpo")
+    metrics = training.store.read(schemas.TRAINING_METRICS, "diffusion_dpo")
+    assert metrics["loss"][0] == pytest.approx(math.log(2), abs=1e-6)
+    assert metrics["margin"][1] != 0
+
+
+def test_a_missing_backbone_is_named_with_what_to_do(cached_config, tmp_path):
+    from pipelines.hub import CheckpointError
+
+    missing = cached_config.backbone.model_copy(update={"checkpoint": str(tmp_path)})
+    with pytest.raises(CheckpointError, match=r"model_index\.json is missing.*world_models"):
+        training_of(cached_config.model_copy(update={"backbone": missing}))

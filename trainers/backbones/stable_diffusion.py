@@ -16,36 +16,22 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from pipelines.config import BackboneConfig
+from pipelines.hub import CheckpointError, local_folder
 from pipelines.identity import file_digest, fingerprint
 
 PARTS = ("unet", "text_encoder", "tokenizer", "vae", "scheduler")
-
-
-class BackboneError(FileNotFoundError):
-    """The backbone's folder, or a part of it, is missing; the message names it and what to do."""
 
 
 def resolve(config: BackboneConfig) -> Path:
     """Return the local diffusers folder of a backbone, fetching it if it is a hub id.
 
     Raises:
-        BackboneError: the folder or a part of it is missing.
+        CheckpointError: the folder or a part of it is missing.
     """
-    folder = Path(config.checkpoint)
-    if not (folder.is_absolute() or config.checkpoint.startswith(".") or folder.exists()):
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(config.checkpoint))
-        except Exception as error:
-            raise BackboneError(
-                f"backbone {config.name!r}: {config.checkpoint!r} is neither a local folder nor to be had from the hub "
-                f"({type(error).__name__}: {error}); run `hf download {config.checkpoint} --local-dir FOLDER` where the hub "
-                f"can be reached and set backbone.checkpoint to FOLDER"
-            ) from error
+    folder = local_folder(f"backbone {config.name!r}", "backbone.checkpoint", config.checkpoint)
     missing = [p for p in ("model_index.json", *PARTS) if not (folder / p).exists()]
     if missing:
-        raise BackboneError(
+        raise CheckpointError(
             f"backbone {config.name!r}: {folder / missing[0]} is missing; expected a diffusers folder with "
             f"model_index.json and {list(PARTS)}. The tiny backbone is made by `python -m trainers.world_models`"
         )
