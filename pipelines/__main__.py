@@ -3,6 +3,7 @@
 python -m pipelines run                   world, ingest, catalogue, scores and labels, in order
 python -m pipelines world|ingest|score|label
 python -m pipelines show TABLE            print rows of a table (--rows N)
+python -m pipelines sql "SELECT ..."      query the tables with DuckDB, by their names
 """
 
 from __future__ import annotations

@@ -29,14 +29,14 @@ class Labels:
 
     def _inputs(self, *tables: str) -> list[Manifest]:
         """Return the commits of votes, duplicates and active scores, and of the whole tables named."""
+        catalogue.require_current(self.store, self.shard_keys)
+        batches.require_current(self.store, self.config, self.shard_keys)
         current = self.store.current_revisions()
         scores = [
             self.store.require("scores", batches.partition(s, current.get(s, "none"), k))
             for s in self.scorers
             for k in self.shard_keys
         ]
-        catalogue.require_current(self.store, self.shard_keys)
-        batches.require_current(self.store, self.config, self.shard_keys)
         votes = [self.store.require("votes", k) for k in self.shard_keys]
         return [*votes, self.store.require("catalogue_duplicates"), *scores, *(self.store.require(t) for t in tables)]
 

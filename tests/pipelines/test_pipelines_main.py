@@ -67,7 +67,9 @@ def test_one_unreadable_file_costs_one_file_and_status_2(configured, world_copy,
 def test_labels_without_scores_say_what_to_do_first(configured, capsys):
     assert run("ingest", "--config", configured) == 0
     assert run("label", "--config", configured) == 2
-    assert "materialize it first" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "are missing; score it" in error
+    assert "python -m pipelines score" in error
 
 
 def test_show_prints_rows_without_the_bytes_of_images(configured, capsys):
