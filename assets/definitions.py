@@ -23,6 +23,7 @@ def defs() -> dg.Definitions:
             ingest.raw_sources,
             ingest.ingested,
             ingest.catalogue,
+            ingest.accounting,
             build_scores(config),
             *build_labels(config),
             caches.latents,

@@ -3,22 +3,19 @@
 from collections.abc import Iterator
 
 import dagster as dg
+import polars as pl
 
 from assets import metadata as meta
 from assets.partitions import EVERY_SHARD, SHARDS
 from assets.resources import Polyphony
+from pipelines import accounting as accounting_of
 from pipelines import catalogue as catalogue_of
 from pipelines import ingest, schemas
 from pipelines.sources import SourceError
 from pipelines.world import raw
 
-SHARD_TABLES = (schemas.IMAGES, schemas.PROMPTS, schemas.VOTES)
-CATALOGUE_TABLES = (
-    schemas.CATALOGUE_IMAGES,
-    schemas.CATALOGUE_PROMPTS,
-    schemas.CATALOGUE_SCORABLES,
-    schemas.CATALOGUE_DUPLICATES,
-)
+SHARD_TABLES = ingest.TABLES
+CATALOGUE_TABLES = catalogue_of.TABLES
 
 
 @dg.asset(group_name="ingest", kinds={"parquet", "json"}, code_version=ingest.CODE_VERSION)
@@ -60,7 +57,8 @@ def raw_sources(context: dg.AssetExecutionContext, polyphony: Polyphony) -> dg.M
 def ingested(context: dg.AssetExecutionContext, polyphony: Polyphony) -> Iterator[dg.MaterializeResult]:
     """Ingest the selected shards; a bad file fails the run after the other shards are done."""
     config, store = polyphony.config, polyphony.store
-    shards = {s.key: s for s in polyphony.shards()}
+    listed = polyphony.shards()
+    shards, plans = {s.key: s for s in listed}, ingest.plans(config, listed)
     done: dict[str, list] = {t.name: [] for t in SHARD_TABLES}
     failed: list[str] = []
     for i, key in enumerate(context.partition_keys):
@@ -68,7 +66,7 @@ def ingested(context: dg.AssetExecutionContext, polyphony: Polyphony) -> Iterato
             failed.append(f"{key}: no file of the configured sources has this shard any more")
             continue
         try:
-            built = ingest.ingest_shard(store, config.source(shards[key].source), shards[key])
+            built = ingest.ingest_shard(store, plans[shards[key].source], shards[key])
         except SourceError as error:
             failed.append(str(error))
             continue
@@ -102,9 +100,37 @@ def ingested(context: dg.AssetExecutionContext, polyphony: Polyphony) -> Iterato
     ]
 )
 def catalogue(context: dg.AssetExecutionContext, polyphony: Polyphony) -> Iterator[dg.MaterializeResult]:
-    """What crosses shards: owners, splits, repeated votes."""
+    """What crosses shards: owners, splits, repeated votes, names, pairs and preference cycles."""
     store = polyphony.store
-    built = catalogue_of.build(store, polyphony.shard_keys())
+    built = catalogue_of.build(store, polyphony.shard_keys(), polyphony.config.splits)
     context.log.info(", ".join(f"{b.manifest.rows} {name.removeprefix('catalogue_')}" for name, b in built.items()))
     for table in CATALOGUE_TABLES:
         yield dg.MaterializeResult(asset_key=table.name, metadata=meta.of_builts(store, table, [built[table.name]]))
+
+
+@dg.asset(
+    deps=[t.name for t in (*SHARD_TABLES, *CATALOGUE_TABLES)],
+    group_name="ingest",
+    kinds={"polars", "parquet"},
+    code_version=accounting_of.CODE_VERSION,
+    metadata=meta.spec_metadata(schemas.ACCOUNTING),
+)
+def accounting(context: dg.AssetExecutionContext, polyphony: Polyphony) -> dg.MaterializeResult:
+    """What came in per source, what counts, and what does not."""
+    store, shards = polyphony.store, polyphony.shards()
+    layouts = {name: how.source.layout for name, how in ingest.plans(polyphony.config, shards).items()}
+    built = accounting_of.build(store, shards, layouts)
+    report = store.read(schemas.ACCOUNTING)
+    total = report.filter(pl.col("source") == accounting_of.ALL).row(0, named=True)
+    context.log.info(
+        ", ".join(f"{total[c]} {c.replace('_', ' ')}" for c in ("rows", "votes_ok", "pairs", "images", "cycles"))
+    )
+    numbers = {k: v for k, v in total.items() if isinstance(v, int | float)}
+    return dg.MaterializeResult(
+        metadata={
+            **meta.of_builts(store, schemas.ACCOUNTING, [built]),
+            **meta.numbers(numbers),
+            "report": dg.MetadataValue.md(accounting_of.as_markdown(report)),
+            "plot": meta.picture(accounting_of.plot(report), "What came in, and what counts"),
+        }
+    )

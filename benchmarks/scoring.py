@@ -66,7 +66,7 @@ def main() -> int:
         store = Store(config.store_location)
         shards = ingest.list_shards(config)
         for shard in shards:
-            ingest.ingest_shard(store, config.source(shard.source), shard)
+            ingest.ingest_shard(store, ingest.plan(config.source(shard.source)), shard)
         keys = [s.key for s in shards]
         catalogue.build(store, keys)
         prompts = store.scan(schemas.CATALOGUE_PROMPTS).select("prompt_id", "prompt")

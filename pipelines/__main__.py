@@ -13,7 +13,7 @@ import sys
 
 import polars as pl
 
-from pipelines import catalogue, ingest, schemas, steps
+from pipelines import accounting, catalogue, ingest, schemas, steps
 from pipelines import config as configuration
 from pipelines.errors import run_command
 from pipelines.sources import SourceError
@@ -61,17 +61,21 @@ def main(arguments: list[str] | None = None) -> int:
     keys = [s.key for s in shards]
     failed: list[str] = []
     if "ingest" in wanted:
-        for shard in shards:
+        plans = ingest.plans(config, shards)
+        for i, shard in enumerate(shards, 1):
             try:
-                _tell(f"votes {shard.key}", ingest.ingest_shard(store, config.source(shard.source), shard)["votes"])
+                built = ingest.ingest_shard(store, plans[shard.source], shard)["votes"]
+                _tell(f"{i}/{len(shards)} votes {shard.key}", built)
             except SourceError as error:
                 # The other shards are ingested before the command fails, so that one bad file costs one file.
                 failed.append(str(error))
                 say(f"votes {shard.key}: failed: {error}")
         if failed:
             raise SourceError(f"{len(failed)} of {len(shards)} shards failed: " + "; ".join(failed))
-        for name, built in catalogue.build(store, keys).items():
+        for name, built in catalogue.build(store, keys, config.splits).items():
             _tell(name, built)
+        layouts = {name: how.source.layout for name, how in plans.items()}
+        _tell("accounting", accounting.build(store, shards, layouts))
     if "score" in wanted:
         from pipelines.scoring import batches
 
@@ -98,6 +102,8 @@ def _sql(store: Store, query: str | None) -> int:
         raise StoreError('sql: expected a query, found none; e.g. "SELECT count(*) FROM votes"')
     store.write_views()
     with duckdb.connect() as connection:
+        if not store.is_local:
+            connection.register_filesystem(store.filesystem)
         connection.execute(store.read_text("views.sql"))
         connection.sql(query).show()
     return 0

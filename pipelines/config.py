@@ -28,21 +28,50 @@ class _Model(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
 
+Layout = Literal["auto", "pickapic", "pickapic_webdataset", "hpd", "hpdv3", "rapidata", "pairs"]
+
+
 class SourceConfig(_Model):
     """One raw dataset."""
 
     name: str = pydantic.Field(pattern=r"^[a-z0-9_]+$", description="name in the tables and in shard keys")
-    layout: Literal["pickapic", "hpd"] = pydantic.Field(description="layout of the files")
-    location: str = pydantic.Field(description="folder of the raw files")
+    layout: Layout = pydantic.Field("auto", description="layout of the files; auto looks at their columns")
+    location: str = pydantic.Field(description="folder of the raw files: a path or an fsspec URL")
     family: str = pydantic.Field(
-        "", description="prefix of annotator ids, shared by releases; the layout's name if empty"
+        "", description="prefix of annotator ids, shared by releases; 'pickapic' or 'hpd' by layout, else the name"
     )
-    records_per_shard: int = pydantic.Field(50_000, ge=1, description="JSON records per shard (layout hpd)")
+    split: Literal["train", "validation", "test"] | None = pydantic.Field(
+        None, description="split of files whose names tell none; absent: the catalogue draws one by prompt"
+    )
+    records_per_shard: int = pydantic.Field(50_000, ge=1, description="JSON records per shard")
+    storage: Literal["auto", "copy", "reference"] | None = pydantic.Field(
+        None, description="images.storage for this source alone"
+    )
 
-    @property
-    def annotator_family(self) -> str:
-        """Return the prefix of this source's annotator ids."""
-        return self.family or self.layout
+
+class ImagesConfig(_Model):
+    """How image bytes are kept."""
+
+    storage: Literal["auto", "copy", "reference"] = pydantic.Field(
+        "auto",
+        description="copy: bytes in the store; reference: where they lie, and sha256; auto: by the source's size",
+    )
+    reference_above_gb: float = pydantic.Field(10.0, ge=0, description="auto refers to sources larger than this, GB")
+
+
+class LimitsConfig(_Model):
+    """What is too large to be an image of a preference dataset; such images get the status too_large."""
+
+    max_image_bytes: int = pydantic.Field(64_000_000, ge=1, description="encoded bytes of one image")
+    max_image_pixels: int = pydantic.Field(64_000_000, ge=1, description="width x height")
+    max_image_side: int = pydantic.Field(16_384, ge=1, description="pixels of the longer side")
+
+
+class SplitsConfig(_Model):
+    """Shares of prompts for which no source names a split; drawn by the prompt's id, so that they never move."""
+
+    validation: float = pydantic.Field(0.05, ge=0, le=1, description="share of prompts")
+    test: float = pydantic.Field(0.05, ge=0, le=1, description="share of prompts")
 
 
 class ScorerConfig(_Model):
@@ -105,6 +134,9 @@ class Config(_Model):
     sources: tuple[SourceConfig, ...] = pydantic.Field(min_length=1)
     scorers: tuple[ScorerConfig, ...] = pydantic.Field(min_length=1)
     backbone: BackboneConfig
+    images: ImagesConfig = ImagesConfig()
+    limits: LimitsConfig = LimitsConfig()
+    splits: SplitsConfig = SplitsConfig()
     labels: LabelsConfig = LabelsConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

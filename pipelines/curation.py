@@ -13,6 +13,7 @@ from typing import Protocol
 import polars as pl
 
 from pipelines import schemas
+from pipelines.catalogue import PEOPLE
 
 
 def preferences(
@@ -27,16 +28,13 @@ def preferences(
 ) -> pl.DataFrame:
     """Return the preferences table.
 
-    votes: the counted votes. vote_sources: pair_id, source of all votes. scores: of `batches.current_scores`.
-    sides: of `minority.side_metrics`.
+    pairs: of `catalogue.all_pairs`. votes: the counted votes. vote_sources: pair_id, source of all votes. scores: of
+    `batches.current_scores`. sides: of `minority.side_metrics`.
     """
-    decided = pl.col("label_0") != 0.5
+    people = PEOPLE.filter(pl.col("label_0") != 0.5)
+    share = (pl.col("label_0") * PEOPLE).filter(pl.col("label_0") != 0.5).sum() / people.sum()
     humans = votes.group_by("pair_id").agg(
-        n_votes=pl.len().cast(pl.Int64),
-        human_label_0=pl.col("label_0").mean(),
-        minority_share=pl.when(decided.sum() >= 3).then(
-            pl.min_horizontal(pl.col("label_0").filter(decided).mean(), 1 - pl.col("label_0").filter(decided).mean())
-        ),
+        minority_share=pl.when(people.sum() >= 3).then(pl.min_horizontal(share, 1 - share))
     )
     sources = vote_sources.group_by("pair_id").agg(sources=pl.col("source").unique().sort().str.join("+"))
     by_image = (
@@ -59,7 +57,7 @@ def preferences(
     keys = ["prompt_id", "image_0_id", "image_1_id"]
     frame = (
         frame.with_columns(
-            n_votes=pl.col("n_votes").fill_null(0),
+            is_in_cycle=pl.col("cycle").is_not_null(),
             side=pl.when(pl.col("human_label_0") > 0.5).then(1.0).when(pl.col("human_label_0") < 0.5).then(0.0),
         )
         .join(sides.lazy(), on=["pair_id", "side"], how="left")

@@ -19,7 +19,7 @@ def _key(*parts: str) -> str:
     return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:ID_CHARACTERS]
 
 
-def image_id_of_bytes(data: bytes) -> tuple[str, str]:
+def image_id_of_bytes(data: bytes | memoryview) -> tuple[str, str]:
     """Return (image_id, full sha256 hex digest) of an image's encoded bytes."""
     digest = hashlib.sha256(data).hexdigest()
     return digest[:ID_CHARACTERS], digest

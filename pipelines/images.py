@@ -6,13 +6,25 @@ Belongs here: what is known from bytes alone. Does not belong here: preprocessin
 from __future__ import annotations
 
 import io
-import warnings
+import struct
+import zlib
 from dataclasses import dataclass
+from typing import Any
 
+import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
-MAX_PIXELS = 64_000_000
-_END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+from pipelines.config import LimitsConfig
+
+# Our own limits say what is too large, before pixels are decoded; Pillow's global one would overrule larger ones.
+Image.MAX_IMAGE_PIXELS = None
+_END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
+_TAIL = 1024
+_PILLOW_ERRORS = (
+    *(UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError),
+    *(MemoryError, struct.error, zlib.error, Image.DecompressionBombError),
+)
+"""What Pillow raises on damaged files: its plugins parse with struct and indices."""
 
 
 @dataclass(frozen=True)
@@ -26,28 +38,52 @@ class Header:
     reason: str | None
 
 
-def read_header(data: bytes | None) -> Header:
-    """Read format and size without decoding, and look for the format's end marker."""
+def read_header(data: bytes | pa.Buffer | None, limits: LimitsConfig | None = None) -> Header:
+    """Read format and size without decoding, look for the format's end marker, and apply the limits."""
+    limits = limits or LimitsConfig()
     if data is None:
         return Header(None, None, None, "no_bytes", "the source has no bytes for it")
+    size = data.size if isinstance(data, pa.Buffer) else len(data)
+    if size == 0:
+        return Header(None, None, None, "unreadable", "zero bytes")
+    if size > limits.max_image_bytes:
+        why = f"{size} bytes, limit limits.max_image_bytes = {limits.max_image_bytes}"
+        return Header(None, None, None, "too_large", why)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
-    except Image.DecompressionBombError as error:
-        return Header(None, None, None, "too_large", f"limit {MAX_PIXELS} pixels: {error}")
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        return Header(None, None, None, "unreadable", f"no image format recognised in {len(data)} bytes: {error}")
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        return Header(width, height, image.format, "too_large", f"{width}x{height} pixels, limit {MAX_PIXELS}")
-    marker = _END_MARKERS.get(image.format or "")
+        with Image.open(_reader(data)) as image:
+            width, height = image.size
+            kind: str | None = image.format
+    except _PILLOW_ERRORS as error:
+        return Header(None, None, None, "unreadable", f"no image format recognised in {size} bytes: {_said(error)}")
+    if (limit := _too_large(width, height, limits)) is not None:
+        return Header(width, height, kind, "too_large", limit)
+    marker = _END_MARKERS.get(kind or "")
     # Encoders may pad behind the end marker, so it is searched in the tail, not expected as the very last bytes.
-    if marker is not None and marker not in data[-1024:]:
-        return Header(
-            width, height, image.format, "truncated", f"{image.format} without end marker in {len(data)} bytes"
-        )
-    return Header(width, height, image.format, "ok", None)
+    if marker is not None and marker not in _tail(data, size):
+        return Header(width, height, kind, "truncated", f"{kind} without end marker in {size} bytes")
+    return Header(width, height, kind, "ok", None)
+
+
+def _reader(data: bytes | pa.Buffer) -> Any:
+    return pa.BufferReader(data) if isinstance(data, pa.Buffer) else io.BytesIO(data)
+
+
+def _said(error: Exception) -> str:
+    # Pillow names the object it read from, with its address in memory: the same file must give the same reason.
+    return type(error).__name__ if "object at 0x" in str(error) else str(error)
+
+
+def _tail(data: bytes | pa.Buffer, size: int) -> bytes:
+    start = max(0, size - _TAIL)
+    return data.slice(start).to_pybytes() if isinstance(data, pa.Buffer) else data[start:]
+
+
+def _too_large(width: int, height: int, limits: LimitsConfig) -> str | None:
+    if width * height > limits.max_image_pixels:
+        return f"{width}x{height} pixels, limit limits.max_image_pixels = {limits.max_image_pixels}"
+    if max(width, height) > limits.max_image_side:
+        return f"{width}x{height} pixels, limit limits.max_image_side = {limits.max_image_side}"
+    return None
 
 
 class UndecodableImage(ValueError):
@@ -57,10 +93,12 @@ class UndecodableImage(ValueError):
 def decode_rgb(data: bytes) -> Image.Image:
     """Decode to a plain RGB picture (alpha dropped, EXIF rotation not applied: as the reward models' packages do).
 
+    Only for images whose header was found ok: their size is within the limits. Of an animation the first frame.
+
     Raises:
         UndecodableImage: the bytes are not a whole image.
     """
     try:
         return Image.open(io.BytesIO(data)).convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise UndecodableImage(str(error)) from error
+    except _PILLOW_ERRORS as error:
+        raise UndecodableImage(_said(error)) from error

@@ -1,23 +1,90 @@
-"""Ingestion: one shard of any layout -> votes, images, prompts, with every row accounted for.
+"""Ingestion: one shard of any layout -> votes, images, image names, prompts, with every row accounted for.
 
 Belongs here: identities, order of a pair, statuses. Does not belong here: layouts (`sources`), ownership (`catalogue`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from types import ModuleType
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import polars as pl
+import pyarrow as pa
 
 from pipelines import identity, images, schemas
-from pipelines.config import Config, SourceConfig
-from pipelines.sources import RawChunk, Shard, SourceError, hpd, pickapic
+from pipelines.config import Config, ImagesConfig, LimitsConfig, SourceConfig
+from pipelines.sources import RawChunk, Shard, SourceError
+from pipelines.sources.detect import LAYOUTS, resolved
 from pipelines.tables import Built, Store
 
-CODE_VERSION = "1"
-LAYOUTS: dict[str, ModuleType] = {"pickapic": pickapic, "hpd": hpd}
+CODE_VERSION = "2"
+TABLES = (schemas.IMAGES, schemas.IMAGE_NAMES, schemas.PROMPTS, schemas.VOTES)
+"""Tables of a shard in the order in which they are committed: with its votes a shard counts as ingested."""
 _RECOGNISED_LABELS = (0.0, 0.5, 1.0)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a shard is ingested: its source with the layout resolved, how image bytes are kept, the limits."""
+
+    source: SourceConfig
+    storage: str
+    limits: LimitsConfig
+    is_storage_fixed: bool = True
+
+    def fingerprint(self, shard: Shard, storage: str) -> str:
+        """Return the fingerprint of what ingestion makes of the shard as its files are now."""
+        return identity.fingerprint(
+            code_version=CODE_VERSION,
+            schema_versions=[t.version for t in TABLES],
+            shard=LAYOUTS[self.source.layout].fingerprint(self.source, shard),
+            source=self.source.name,
+            location=self.source.location if storage == "reference" else None,
+            layout=self.source.layout,
+            family=self.source.family,
+            split=self.source.split,
+            storage=storage,
+            limits=self.limits.model_dump(),
+        )
+
+
+def plan(
+    source: SourceConfig,
+    shards: Sequence[Shard] = (),
+    images_config: ImagesConfig | None = None,
+    limits: LimitsConfig | None = None,
+) -> Plan:
+    """Return how the shards of a source (all of them: their size decides) are ingested.
+
+    `auto` refers to the images of sources larger than `images.reference_above_gb`, and copies those of smaller ones and
+    of compressed archives, from which no single image can be read.
+
+    Raises:
+        SourceError: storage = reference is asked for images in a compressed archive.
+    """
+    source, images_config = resolved(source), images_config or ImagesConfig()
+    wanted = source.storage or images_config.storage
+    is_seekable = all(s.is_seekable for s in shards)
+    if wanted == "reference" and not is_seekable:
+        raise SourceError(
+            f"source {source.name!r}: storage = 'reference' needs images that can be read one by one, but they lie in a "
+            f"compressed archive; unpack it, or set storage = 'copy'"
+        )
+    is_large = sum(s.bytes for s in shards) > images_config.reference_above_gb * 1e9
+    storage = ("reference" if is_large and is_seekable else "copy") if wanted == "auto" else wanted
+    return Plan(source, storage, limits or LimitsConfig(), is_storage_fixed=wanted != "auto")
+
+
+def plans(config: Config, shards: Sequence[Shard]) -> dict[str, Plan]:
+    """Return the plan of every source of a configuration by its name; shards: of all sources."""
+    return {
+        source.name: plan(source, [s for s in shards if s.source == source.name], config.images, config.limits)
+        for source in config.sources
+    }
 
 
 def list_shards(config: Config) -> list[Shard]:
@@ -31,104 +98,216 @@ def list_shards(config: Config) -> list[Shard]:
             f"the small world is not written yet in {config.world_folder}; run `python -m pipelines world` (or `run`), or "
             f"materialize raw_sources"
         )
-    shards = [s for source in config.sources for s in LAYOUTS[source.layout].list_shards(source)]
+    shards = [s for source in config.sources for s in list_source(source)]
     keys = [s.key for s in shards]
     if repeated := sorted({k for k in keys if keys.count(k) > 1}):
         raise SourceError(f"shard keys repeat: {repeated}; give the sources different names")
     return shards
 
 
-def ingest_shard(store: Store, source: SourceConfig, shard: Shard) -> dict[str, Built]:
-    """Ingest one shard into votes, images and prompts; return what was built, by table.
+def list_source(source: SourceConfig) -> list[Shard]:
+    """Return the shards of one source."""
+    source = resolved(source)
+    return LAYOUTS[source.layout].list_shards(source)
+
+
+def ingest_shard(store: Store, how: Plan, shard: Shard) -> dict[str, Built]:
+    """Ingest one shard into its tables; return what was built, by table.
 
     Raises:
         SourceError: the file is unreadable or lacks a column; nothing of the shard becomes visible.
         RuntimeError: the rows do not add up (a defect of a layout's reader).
     """
-    mark = identity.fingerprint(
-        code_version=CODE_VERSION,
-        schema_versions=[t.version for t in (schemas.VOTES, schemas.IMAGES, schemas.PROMPTS)],
-        shard=LAYOUTS[source.layout].fingerprint(shard),
-        source=source.name,
-        layout=source.layout,
-        family=source.annotator_family,
-    )
-    tables = (schemas.IMAGES, schemas.PROMPTS, schemas.VOTES)
-    existing = {t.name: store.manifest(t.name, shard.key) for t in tables}
-    if all(m is not None and m.fingerprint == mark for m in existing.values()):
+    mark = how.fingerprint(shard, how.storage)
+    # What auto chose for a source when it was smaller stays: nothing is read again only because a source grew.
+    marks = {mark} if how.is_storage_fixed else {how.fingerprint(shard, s) for s in ("copy", "reference")}
+    existing = {t.name: store.manifest(t.name, shard.key) for t in TABLES}
+    found = {None if m is None else m.fingerprint for m in existing.values()}
+    if len(found) == 1 and found <= marks:
         return {name: Built(m, True) for name, m in existing.items() if m is not None}
 
-    reader = _ShardReader(source, LAYOUTS[source.layout].read_shard(source, shard))
-    built = {"images": store.write(schemas.IMAGES, reader.image_frames(), partition=shard.key, made_from=mark)}
-    votes = _mark_duplicates(reader.votes())
-    if len(votes) != reader.rows_in:
-        raise RuntimeError(f"{shard.key}: {reader.rows_in} raw votes, {len(votes)} accounted for")
-    built["prompts"] = store.write(schemas.PROMPTS, reader.prompts(), partition=shard.key, made_from=mark)
-    # Votes come last: a shard counts as ingested when they are committed.
-    built["votes"] = store.write(
-        schemas.VOTES, votes, partition=shard.key, made_from=mark, extra={"rows_in": reader.rows_in, "file": shard.file}
-    )
-    return {name: Built(manifest, False) for name, manifest in built.items()}
+    reader = _ShardReader(how, LAYOUTS[how.source.layout].read_shard(how.source, shard, how.limits))
+    built = {}
+    frames: dict[str, Callable[[], Any]] = {
+        "images": reader.image_tables,
+        "image_names": reader.names,
+        "prompts": reader.prompts,
+        "votes": reader.votes,
+    }
+    for table in TABLES:
+        if table is schemas.VOTES:
+            frame = reader.votes()
+            facts = {**reader.accounted(frame), "file": shard.file, "storage": how.storage}
+            manifest = store.write(table, frame, partition=shard.key, made_from=mark, extra=facts)
+        else:
+            manifest = store.write(table, frames[table.name](), partition=shard.key, made_from=mark)
+        built[table.name] = Built(manifest, False)
+    return built
+
+
+def _ahead(items: Iterator[T], depth: int = 1) -> Iterator[T]:
+    """Yield the items while another thread makes the next ones."""
+    made: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
+    is_stopped = threading.Event()
+
+    def put(item: tuple[bool, Any]) -> bool:
+        while not is_stopped.is_set():
+            try:
+                made.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def make() -> None:
+        try:
+            for item in items:
+                if not put((True, item)):
+                    return
+            put((False, None))
+        except BaseException as error:
+            put((False, error))
+
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    try:
+        while True:
+            is_item, item = made.get()
+            if is_item:
+                yield item
+            elif item is None:
+                return
+            else:
+                raise item
+    finally:
+        is_stopped.set()
+        thread.join()
+
+
+def _hashed(chunk: RawChunk) -> tuple[RawChunk, list[tuple[pa.Buffer | None, str | None]]]:
+    """Return the chunk and, per image, its bytes without a copy and their sha256."""
+    data = chunk.images["bytes"].combine_chunks()
+    buffers = [v.as_buffer() if v.is_valid else None for v in data]
+    return chunk, [(b, None if b is None else identity.image_id_of_bytes(memoryview(b))[1]) for b in buffers]
 
 
 class _ShardReader:
-    """Walks a shard's chunks once: yields distinct images, keeps the (small) votes and prompts."""
+    """Walks a shard's chunks once: yields distinct images, keeps the (small) votes, names and prompts."""
 
-    def __init__(self, source: SourceConfig, chunks: Iterator[RawChunk]) -> None:
-        self._source, self._chunks = source, chunks
+    def __init__(self, how: Plan, chunks: Iterator[RawChunk]) -> None:
+        self._how, self._chunks = how, chunks
+        self._ids: dict[str, str | None] = {}
         self._seen: set[str] = set()
-        self._votes: list[pl.DataFrame] = []
+        self._names: dict[tuple[str, str], str] = {}
+        self._raw_votes: list[pl.DataFrame] = []
         self._prompts: dict[str, str] = {}
-        self.rows_in = 0
+        self._rows = self._images = 0
 
-    def image_frames(self) -> Iterator[pl.DataFrame]:
-        for chunk in self._chunks:
-            self.rows_in += len(chunk.votes)
-            rows, ids = [], {}
-            for key, data, uid, problem in chunk.images.iter_rows():
-                row = self._image(data, uid, problem)
-                ids[key] = None if row is None else row["image_id"]
-                if row is not None and row["image_id"] not in self._seen:
-                    self._seen.add(row["image_id"])
-                    rows.append(row)
-            self._votes.append(self._normalise(chunk.votes, ids))
-            yield pl.DataFrame(rows, schema=schemas.IMAGES.polars_schema)
+    def image_tables(self) -> Iterator[pa.Table]:
+        """Yield the distinct images; reading and hashing, a thread each, run ahead of whoever writes."""
+        for chunk, images_of_chunk in _ahead(_hashed(c) for c in _ahead(self._chunks)):
+            yield self._distinct(chunk, images_of_chunk)
 
-    def _image(self, data: bytes | None, uid: str | None, problem: str | None) -> dict | None:
-        if data is None and uid is None:
-            return None
-        header = images.read_header(data)
-        if data is not None:
-            key, digest = identity.image_id_of_bytes(data)
-        else:
-            assert uid is not None
-            key, digest = identity.image_id_of_uid(self._source.annotator_family, uid), None
+    def _distinct(self, chunk: RawChunk, found: list[tuple[pa.Buffer | None, str | None]]) -> pa.Table:
+        self._rows += chunk.rows
+        self._raw_votes.append(chunk.votes)
+        raw, family = chunk.images, self._how.source.family
+        self._images += len(raw)
+        columns: dict[str, list[Any]] = {
+            c: [] for c in ("image_id", "sha256", "width", "height", "format", "status", "reason")
+        }
+        kept: list[int] = []
+        details = raw.select(["image_key", "uid", "status", "reason"]).to_pylist()
+        for i, (detail, (data, digest)) in enumerate(zip(details, found, strict=True)):
+            uid = detail["uid"]
+            if digest is None and uid is None:
+                self._ids[detail["image_key"]] = None
+                continue
+            named = None if uid is None else identity.image_id_of_uid(family, uid)
+            image_id = digest[: identity.ID_CHARACTERS] if digest is not None else named
+            assert image_id is not None
+            self._ids[detail["image_key"]] = image_id
+            if named is not None and uid is not None:
+                self._names[named, image_id] = uid
+            if image_id in self._seen:
+                continue
+            self._seen.add(image_id)
+            kept.append(i)
+            header = images.read_header(data, self._how.limits)
+            row = (image_id, digest, header.width, header.height, header.format)
+            told = (detail["status"] or header.status, detail["reason"] or header.reason)
+            for column, value in zip(columns.values(), (*row, *told), strict=True):
+                column.append(value)
+        if len(kept) < len(raw):
+            raw = raw.take(pa.array(kept, pa.int64()))
+        return self._table(raw, columns)
+
+    def _table(self, raw: pa.Table, columns: dict[str, list[Any]]) -> pa.Table:
+        is_copied = self._how.storage == "copy"
+        places = ("uri", "row_group", "row", "column", "offset", "length")
+        values: dict[str, Any] = {**columns}
+        values["bytes"] = raw["bytes"] if is_copied else pa.nulls(len(raw), pa.large_binary())
+        values |= {p: pa.nulls(len(raw), raw[p].type) if is_copied else raw[p] for p in places}
+        return pa.table({c: values[c] for c in schemas.IMAGES.polars_schema})
+
+    def names(self) -> pl.DataFrame:
+        """Return the names that the source gives to its images."""
+        family = self._how.source.family
+        rows = [(named, image, family, uid) for (named, image), uid in sorted(self._names.items())]
+        return pl.DataFrame(rows, schema=schemas.IMAGE_NAMES.polars_schema, orient="row")
+
+    def votes(self) -> pl.DataFrame:
+        """Return all votes with ids and statuses."""
+        if not self._raw_votes:
+            return schemas.VOTES.empty()
+        return _mark_duplicates(self._normalise(pl.concat(self._raw_votes)))
+
+    def prompts(self) -> pl.DataFrame:
+        """Return the distinct prompts."""
+        for frame in self._raw_votes:
+            known = frame.filter(pl.col("problem").is_null())["prompt"].drop_nulls().unique()
+            self._prompts |= {identity.prompt_id(p): identity.normalise_prompt(p) for p in known}
+        rows = sorted(self._prompts.items())
+        return pl.DataFrame(rows, schema=schemas.PROMPTS.polars_schema, orient="row")
+
+    def accounted(self, votes: pl.DataFrame) -> dict[str, int]:
+        """Return the sums of what went in and came out.
+
+        Raises:
+            RuntimeError: they do not agree.
+        """
+        rows_out = votes["source_row"].n_unique()
+        if rows_out != self._rows:
+            raise RuntimeError(f"{self._rows} rows of the source, {rows_out} accounted for")
+        unknown = sum(v is None for v in self._ids.values())
+        known = {v for v in self._ids.values() if v is not None}
+        if len(self._ids) != self._images or known != self._seen:
+            raise RuntimeError(f"{self._images} images of the source, {len(self._ids)} accounted for")
         return {
-            "image_id": key,
-            "sha256": digest,
-            "bytes": data,
-            "width": header.width,
-            "height": header.height,
-            "format": header.format,
-            "source_uid": uid,
-            "status": header.status,
-            "reason": problem or header.reason,
+            "rows_in": self._rows,
+            "images_in": self._images,
+            "images_distinct": len(known),
+            "images_unknown": unknown,
         }
 
-    def _normalise(self, votes: pl.DataFrame, image_ids: dict[str, str | None]) -> pl.DataFrame:
-        source = self._source
+    def _normalise(self, votes: pl.DataFrame) -> pl.DataFrame:
+        source = self._how.source
         prompts = {p: identity.prompt_id(p) for p in votes["prompt"].drop_nulls().unique()}
-        self._prompts |= {key: identity.normalise_prompt(p) for p, key in prompts.items()}
         votes = votes.with_columns(
-            first=pl.col("first_key").replace_strict(image_ids, return_dtype=pl.String, default=None),
-            second=pl.col("second_key").replace_strict(image_ids, return_dtype=pl.String, default=None),
-            prompt_id=pl.col("prompt").replace_strict(prompts, return_dtype=pl.String, default=None),
+            first=pl.col("first_key").replace_strict(self._ids, return_dtype=pl.String, default=None),
+            second=pl.col("second_key").replace_strict(self._ids, return_dtype=pl.String, default=None),
+            prompt_id=pl.when(pl.col("problem").is_null()).then(
+                pl.col("prompt").replace_strict(prompts, return_dtype=pl.String, default=None)
+            ),
         )
         swapped = pl.col("first") > pl.col("second")
         adds_up = (pl.col("label_first") + pl.col("label_second") - 1).abs() < 1e-9
         is_known = pl.col("label_first").is_in(_RECOGNISED_LABELS)
-        found = pl.format("label {} / {}", pl.col("label_first"), pl.col("label_second"))
+        found = pl.concat_str(
+            *(pl.col(f"label_{i}").cast(pl.String).fill_null("null") for i in ("first", "second")), separator=" / "
+        )
         cases = [
+            (pl.col("problem").is_not_null(), "unreadable", pl.col("problem")),
             (pl.col("prompt_id").is_null(), "no_prompt", pl.lit("the prompt is null")),
             (
                 pl.col("first").is_null() | pl.col("second").is_null(),
@@ -140,7 +319,12 @@ class _ShardReader:
             (
                 ~(is_known & adds_up).fill_null(False),
                 "invalid_label",
-                pl.concat_str(pl.lit("expected 1 / 0, 0.5 / 0.5 or 0 / 1, found "), found.fill_null("null")),
+                pl.concat_str(pl.lit("expected 1 / 0, 0.5 / 0.5 or 0 / 1, found "), found),
+            ),
+            (
+                (pl.col("count") < 1).fill_null(False),
+                "invalid_label",
+                pl.concat_str(pl.lit("expected a count of at least 1, found "), pl.col("count")),
             ),
         ]
         status, reason = pl.lit("ok"), pl.lit(None, pl.String)
@@ -149,6 +333,7 @@ class _ShardReader:
             reason = pl.when(condition).then(why).otherwise(reason)
         votes = votes.with_columns(status=status, reason=reason, swapped=swapped.fill_null(False))
         is_ok = pl.col("status") == "ok"
+        verdict = pl.col("source_label_first")
         frame = votes.select(
             prompt_id="prompt_id",
             image_0_id=pl.when("swapped").then("second").otherwise("first"),
@@ -156,10 +341,12 @@ class _ShardReader:
             source=pl.lit(source.name),
             source_row="source_row",
             rater="rater",
-            annotator_id=pl.lit(f"{source.annotator_family}:") + pl.col("annotator"),
+            annotator_id=pl.lit(f"{source.family}:") + pl.col("annotator"),
             label_0=pl.when(is_ok).then(pl.when("swapped").then("label_second").otherwise("label_first")),
-            count=pl.lit(1, pl.Int64),
-            group_id=pl.lit(f"{source.annotator_family}:") + pl.col("group"),
+            count=pl.when(is_ok).then("count"),
+            source_label_0=pl.when("swapped").then(1 - verdict).otherwise(verdict),
+            source_confidence="source_confidence",
+            group_id=pl.lit(f"{source.family}:") + pl.col("group"),
             was_swapped=pl.when("is_display_order").then("swapped"),
             model_0=pl.when("swapped").then("model_second").otherwise("model_first"),
             model_1=pl.when("swapped").then("model_first").otherwise("model_second"),
@@ -177,35 +364,31 @@ class _ShardReader:
             list(schemas.VOTES.polars_schema)
         )
 
-    def votes(self) -> pl.DataFrame:
-        return pl.concat(self._votes) if self._votes else schemas.VOTES.empty()
 
-    def prompts(self) -> pl.DataFrame:
-        rows = sorted(self._prompts.items())
-        return pl.DataFrame(rows, schema=schemas.PROMPTS.polars_schema, orient="row")
+EVENT = ("annotator_id", "pair_id", "created_at")
+"""What makes two votes of a known person at a known time one vote."""
+RAW = (
+    *(
+        "prompt_id",
+        "image_0_id",
+        "image_1_id",
+        "label_0",
+        "count",
+        "source_label_0",
+        "source_confidence",
+        "was_swapped",
+    ),
+    *("model_0", "model_1", "annotator_id", "group_id", "created_at", "rater"),
+)
+"""What a raw row says but for its place: rows without person or time are repeated only if all of it is equal."""
 
 
 def _mark_duplicates(votes: pl.DataFrame) -> pl.DataFrame:
     """Mark repeated votes of a shard: same known annotator, pair and time; else the same raw row but for its number."""
     known = pl.col("annotator_id").is_not_null() & pl.col("created_at").is_not_null()
-    event = ["annotator_id", "pair_id", "created_at"]
-    # Rows of a ranking without times are told apart by their group; single rows without annotator by all they say.
-    raw = [
-        "prompt_id",
-        "image_0_id",
-        "image_1_id",
-        "label_0",
-        "was_swapped",
-        "model_0",
-        "model_1",
-        "annotator_id",
-        "group_id",
-    ]
     # A vote that does not count (no label, say) is nobody's original.
     counting = pl.col("vote_id").filter(pl.col("status") == "ok")
-    first_event = counting.first().over(event)
-    first_raw = counting.first().over([*raw, "created_at", "rater"])
-    original = pl.when(known).then(first_event).otherwise(first_raw)
+    original = pl.when(known).then(counting.first().over(EVENT)).otherwise(counting.first().over(RAW))
     repeated = (pl.col("status") == "ok") & (original != pl.col("vote_id"))
     return votes.with_columns(
         status=pl.when(repeated).then(pl.lit("duplicate_of")).otherwise("status"),

@@ -6,10 +6,11 @@ Belongs here: what a table is. Does not belong here: how it is stored (`tables`)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
 import polars as pl
+import pyarrow as pa
 
 
 class SchemaError(ValueError):
@@ -73,6 +74,24 @@ class Table:
             self._check(column, frame[column.name])
         return frame
 
+    def conform_arrow(self, table: pa.Table) -> pa.Table:
+        """Return an arrow table with this table's columns and types; binary columns pass through without a copy.
+
+        Raises:
+            SchemaError: see conform.
+        """
+        blobs = [c.name for c in self.columns if c.dtype == pl.Binary and c.name in table.column_names]
+        rest = replace(self, columns=tuple(c for c in self.columns if c.name not in blobs))
+        plain = pl.from_arrow(table.drop_columns(blobs))
+        assert isinstance(plain, pl.DataFrame)
+        checked = rest.conform(plain).to_arrow(compat_level=pl.CompatLevel.oldest())
+        for i, column in enumerate(self.columns):
+            if column.name in blobs:
+                checked = checked.add_column(i, column.name, table[column.name].cast(pa.large_binary()))
+                if not column.nullable and table[column.name].null_count:
+                    raise SchemaError(f"table {self.name}, column {column.name}: nulls, none allowed")
+        return checked
+
     def _check(self, column: Column, values: pl.Series) -> None:
         where = f"table {self.name}, column {column.name}"
         if not column.nullable and values.null_count():
@@ -98,9 +117,18 @@ def _is_other_type(found: pl.DataType, declared: pl.DataType | type[pl.DataType]
     return not (isinstance(found, pl.Datetime) and declared == pl.Datetime)
 
 
-VOTE_STATUSES = ("ok", "unlabelled", "invalid_label", "no_prompt", "no_image", "same_image", "duplicate_of")
-IMAGE_STATUSES = ("ok", "no_bytes", "unreadable", "truncated", "too_large")
-SCORE_STATUSES = ("ok", "no_bytes", "unreadable", "truncated", "too_large", "undecodable")
+VOTE_STATUSES = (
+    "ok",
+    "unlabelled",
+    "invalid_label",
+    "no_prompt",
+    "no_image",
+    "same_image",
+    "duplicate_of",
+    "unreadable",
+)
+IMAGE_STATUSES = ("ok", "no_bytes", "missing", "refused", "unreadable", "truncated", "too_large")
+SCORE_STATUSES = (*IMAGE_STATUSES, "undecodable", "changed")
 SPLITS = ("train", "validation", "test")
 
 _PROMPT_ID = Column("prompt_id", pl.String, "prompt, by its normalised text")
@@ -131,18 +159,27 @@ VOTES = Table(
         Column("rater", pl.Int32, "which vote of the source's row (raters and pairs of a ranking)"),
         Column("annotator_id", pl.String, "'<family>:<id>'; null where unknown", nullable=True),
         Column("label_0", pl.Float64, "preference for image_0: 1, 0.5 (tie) or 0", nullable=True, **_PROBABILITY),
-        Column("count", pl.Int64, "how many people this row counts for", low=1),
+        Column("count", pl.Int64, "people whom this row counts for; null: unknown, or no vote", nullable=True, low=1),
+        Column(
+            "source_label_0",
+            pl.Float64,
+            "the source's own verdict for image_0 where it is more than its votes (HPDv3: weighted by ability)",
+            nullable=True,
+            **_PROBABILITY,
+        ),
+        Column("source_confidence", pl.Float64, "the source's own confidence in that verdict", nullable=True),
         Column("group_id", pl.String, "ranking or session; rows of one group are not independent", nullable=True),
         Column("was_swapped", pl.Boolean, "image_0 was displayed second", nullable=True),
         Column("model_0", pl.String, "generator of image_0", nullable=True),
         Column("model_1", pl.String, "generator of image_1", nullable=True),
         Column("created_at", pl.Datetime("us"), "time of the vote, UTC", nullable=True),
-        Column("split", pl.String, "split that the source names", values=SPLITS),
+        Column("split", pl.String, "split that the source names; null: none", nullable=True, values=SPLITS),
         Column("status", pl.String, "'ok', or why the vote does not count", values=VOTE_STATUSES),
         Column("reason", pl.String, "details of the status", nullable=True),
     ),
     key=("vote_id",),
     cut_by="shard",
+    version=2,
 )
 IMAGES = Table(
     "images",
@@ -150,15 +187,33 @@ IMAGES = Table(
     (
         _IMAGE_ID,
         Column("sha256", pl.String, "full digest of the bytes", nullable=True),
-        Column("bytes", pl.Binary, "encoded image as the source has it", nullable=True),
+        Column("bytes", pl.Binary, "encoded image as the source has it; null where it is referred to", nullable=True),
+        Column("uri", pl.String, "file of the source that holds the bytes (images.storage = reference)", nullable=True),
+        Column("row_group", pl.Int32, "row group of that parquet file", nullable=True),
+        Column("row", pl.Int64, "row of that row group", nullable=True),
+        Column("column", pl.String, "column of that row", nullable=True),
+        Column("offset", pl.Int64, "first byte in that archive", nullable=True),
+        Column("length", pl.Int64, "bytes in that archive", nullable=True),
         Column("width", pl.Int32, "pixels", nullable=True),
         Column("height", pl.Int32, "pixels", nullable=True),
         Column("format", pl.String, "JPEG, PNG, ...", nullable=True),
-        Column("source_uid", pl.String, "the source's own name of the image", nullable=True),
         Column("status", pl.String, "of the header; pixels are decoded at scoring", values=IMAGE_STATUSES),
         Column("reason", pl.String, "details of the status", nullable=True),
     ),
     key=("image_id",),
+    cut_by="shard",
+    version=2,
+)
+IMAGE_NAMES = Table(
+    "image_names",
+    "name that a source gives to an image of a shard",
+    (
+        Column("named_id", pl.String, "the id that the name gives where there are no bytes"),
+        _IMAGE_ID,
+        Column("family", pl.String, "family of the source"),
+        Column("uid", pl.String, "the source's own name of the image"),
+    ),
+    key=("named_id", "image_id"),
     cut_by="shard",
 )
 PROMPTS = Table(
@@ -170,6 +225,17 @@ PROMPTS = Table(
 )
 _OWNER = Column("owner", pl.String, "shard that scores and caches it")
 CATALOGUE_IMAGES = Table("catalogue_images", "image of the store", (_IMAGE_ID, _OWNER), ("image_id",), "whole")
+CATALOGUE_NAMES = Table(
+    "catalogue_names",
+    "id of a name that some shard has bytes for",
+    (
+        Column("named_id", pl.String, "id by the name, as votes of releases without bytes have it"),
+        Column("image_id", pl.String, "the image: the smallest id where one name has several bytes"),
+        Column("images", pl.Int64, "distinct bytes under the name", low=1),
+    ),
+    ("named_id",),
+    "whole",
+)
 CATALOGUE_PROMPTS = Table(
     "catalogue_prompts",
     "prompt of the store",
@@ -178,9 +244,11 @@ CATALOGUE_PROMPTS = Table(
         Column("prompt", pl.String, "normalised text"),
         Column("split", pl.String, "one per prompt: test before validation before train", values=SPLITS),
         Column("is_conflict", pl.Boolean, "sources name several splits for it"),
+        Column("is_drawn", pl.Boolean, "no source names a split for it: drawn by its id"),
     ),
     ("prompt_id",),
     "whole",
+    version=2,
 )
 CATALOGUE_SCORABLES = Table(
     "catalogue_scorables",
@@ -189,14 +257,70 @@ CATALOGUE_SCORABLES = Table(
     ("image_id", "prompt_id"),
     "whole",
 )
-CATALOGUE_DUPLICATES = Table(
-    "catalogue_duplicates",
-    "vote that repeats another vote of another shard",
+CATALOGUE_VOTES = Table(
+    "catalogue_votes",
+    "vote that stands otherwise over all shards than its own shard says",
     (
-        Column("vote_id", pl.String, "the repeated vote, not to be counted"),
-        Column("duplicate_of", pl.String, "vote_id of the one that counts"),
+        Column("vote_id", pl.String, "vote"),
+        *(Column(c.name, c.dtype, c.meaning, nullable=True) for c in _PAIR_KEYS),
+        Column("is_flipped", pl.Boolean, "its images stand in the other order: label_0 and the like turn round"),
+        Column("status", pl.String, "status over all shards", values=VOTE_STATUSES),
+        Column("reason", pl.String, "details of the status", nullable=True),
     ),
     ("vote_id",),
+    "whole",
+)
+CATALOGUE_PAIRS = Table(
+    "catalogue_pairs",
+    "pair of the store",
+    (
+        *_PAIR_KEYS,
+        Column(
+            "n_votes", pl.Int64, "people whose votes count (status ok, no duplicate; an unknown count is one)", low=0
+        ),
+        Column("human_label_0", pl.Float64, "mean of those votes", nullable=True, **_PROBABILITY),
+        Column(
+            "cycle",
+            pl.Int64,
+            "number of the preference cycle that the pair lies on: following the humans' choices leads back; null: none",
+            nullable=True,
+        ),
+    ),
+    ("pair_id",),
+    "whole",
+)
+ACCOUNTING = Table(
+    "accounting",
+    "source, or 'all'",
+    (
+        Column("source", pl.String, "name in the configuration; 'all': everything, what sources share counted once"),
+        Column("layout", pl.String, "layout that was read", nullable=True),
+        Column("shards", pl.Int64, "shards"),
+        Column("rows", pl.Int64, "rows (records, samples) of the raw files"),
+        Column("votes", pl.Int64, "vote rows made of them: a ranking of n images makes n (n - 1) / 2 per rater"),
+        Column("votes_ok", pl.Int64, "of those, votes that count"),
+        Column("people", pl.Int64, "people behind the votes that count"),
+        Column("ties", pl.Int64, "votes that count and choose neither"),
+        Column("unlabelled", pl.Int64, "vote rows without a label"),
+        Column("unreadable", pl.Int64, "vote rows of raw rows that could not be read"),
+        Column("duplicates", pl.Int64, "vote rows that repeat another, here or in another shard"),
+        Column("other_rejected", pl.Int64, "vote rows with another status"),
+        Column("pairs", pl.Int64, "distinct pairs with a vote that counts"),
+        Column("votes_per_pair", pl.Float64, "people / pairs", nullable=True),
+        Column("pairs_in_cycles", pl.Int64, "of those pairs, pairs that lie on a preference cycle"),
+        Column("cycles", pl.Int64, "preference cycles (strongly connected groups of images of a prompt)"),
+        Column("image_references", pl.Int64, "image places of the raw rows"),
+        Column("images", pl.Int64, "distinct images"),
+        Column("image_reuse", pl.Float64, "uses of an image in counting votes / images so used", nullable=True),
+        Column("images_unusable", pl.Int64, "distinct images whose status is not ok"),
+        Column("prompts", pl.Int64, "distinct prompts"),
+        Column("prompts_train", pl.Int64, "of those, by resolved split"),
+        Column("prompts_validation", pl.Int64, "of those, by resolved split"),
+        Column("prompts_test", pl.Int64, "of those, by resolved split"),
+        Column("split_conflicts", pl.Int64, "prompts for which sources name several splits"),
+        Column("annotators", pl.Int64, "known people"),
+    ),
+    ("source",),
     "whole",
 )
 SCORES = Table(
@@ -327,8 +451,9 @@ PREFERENCES = Table(
         Column("prompt", pl.String, "normalised text"),
         Column("split", pl.String, "resolved split of the prompt", values=SPLITS),
         Column("sources", pl.String, "sources that hold votes on it, joined by '+'"),
-        Column("n_votes", pl.Int64, "votes that count (status ok, no duplicate)"),
+        Column("n_votes", pl.Int64, "people whose votes count (status ok, no duplicate; an unknown count is one)"),
         Column("human_label_0", pl.Float64, "mean of those votes", nullable=True, **_PROBABILITY),
+        Column("is_in_cycle", pl.Boolean, "the humans' choices among the prompt's images lead round through this pair"),
         Column(
             "minority_share",
             pl.Float64,
@@ -351,6 +476,7 @@ PREFERENCES = Table(
     ),
     key=("pair_id",),
     cut_by="whole",
+    version=2,
 )
 LATENTS = Table(
     "latents",
@@ -460,11 +586,15 @@ TABLES: dict[str, Table] = {
     for t in (
         VOTES,
         IMAGES,
+        IMAGE_NAMES,
         PROMPTS,
         CATALOGUE_IMAGES,
+        CATALOGUE_NAMES,
         CATALOGUE_PROMPTS,
         CATALOGUE_SCORABLES,
-        CATALOGUE_DUPLICATES,
+        CATALOGUE_VOTES,
+        CATALOGUE_PAIRS,
+        ACCOUNTING,
         SCORES,
         CALIBRATION,
         CONSENSUS,

@@ -16,7 +16,7 @@ from pipelines.labels import minority as mino
 from pipelines.scoring import batches
 from pipelines.tables import Built, Manifest, Store
 
-CODE_VERSION = "2"
+CODE_VERSION = "3"
 
 
 class Labels:
@@ -28,7 +28,7 @@ class Labels:
         self._differences: pl.DataFrame | None = None
 
     def _inputs(self, *tables: str) -> list[Manifest]:
-        """Return the commits of votes, duplicates and active scores, and of the whole tables named."""
+        """Return the commits of votes, the catalogue's view of them, active scores, and the whole tables named."""
         catalogue.require_current(self.store, self.shard_keys)
         batches.require_current(self.store, self.config, self.shard_keys)
         current = self.store.current_revisions()
@@ -38,7 +38,8 @@ class Labels:
             for k in self.shard_keys
         ]
         votes = [self.store.require("votes", k) for k in self.shard_keys]
-        return [*votes, self.store.require("catalogue_duplicates"), *scores, *(self.store.require(t) for t in tables)]
+        over_all = [self.store.require(t) for t in ("catalogue_votes", "catalogue_pairs")]
+        return [*votes, *over_all, *scores, *(self.store.require(t) for t in tables)]
 
     def _scores(self) -> pl.LazyFrame:
         return batches.current_scores(self.store, self.scorers, self.shard_keys)
@@ -49,12 +50,12 @@ class Labels:
     def differences(self) -> pl.DataFrame:
         """Return the scorers' differences per pair (kept for the steps of one process)."""
         if self._differences is None:
-            pairs = catalogue.all_pairs(self.store, self.shard_keys)
+            pairs = catalogue.all_pairs(self.store)
             self._differences = margins.differences(pairs, self._scores(), self.scorers)
         return self._differences
 
     def _human(self) -> pl.DataFrame:
-        return self._votes().group_by("pair_id").agg(human_label_0=pl.col("label_0").mean()).collect()
+        return catalogue.all_pairs(self.store).select("pair_id", "human_label_0").drop_nulls().collect()
 
     def calibration(self) -> Built:
         """Build `calibration`."""
@@ -63,7 +64,7 @@ class Labels:
             ranges = (
                 self._scores().group_by("scorer").agg(low=pl.col("score").min(), high=pl.col("score").max()).collect()
             )
-            votes = self._votes().select("pair_id", "label_0").collect()
+            votes = self._votes().select("pair_id", "label_0", people=catalogue.PEOPLE).collect()
             return cal.calibrate(self.differences(), votes, ranges, self.scorers)
 
         parameters = {"scorers": self.scorers, "folds": margins.FOLDS, "ridge": cal.RIDGE}
@@ -114,10 +115,10 @@ class Labels:
 
         def make() -> pl.DataFrame:
             return curation.preferences(
-                pairs=catalogue.all_pairs(self.store, self.shard_keys),
+                pairs=catalogue.all_pairs(self.store),
                 prompts=self.store.scan(schemas.CATALOGUE_PROMPTS),
                 votes=self._votes(),
-                vote_sources=self.store.scan(schemas.VOTES, partitions=self.shard_keys),
+                vote_sources=catalogue.resolved_votes(self.store, self.shard_keys),
                 scores=self._scores(),
                 sides=self._sides(),
                 consensus=self.store.scan(schemas.CONSENSUS),

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from typing import Any
 import fsspec
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from pipelines import schemas
@@ -68,7 +72,9 @@ class Store:
 
     def __init__(self, location: str) -> None:
         self.location = location
-        self._fs, self._root = fsspec.core.url_to_fs(location)
+        # A listing that is kept would hide what other processes commit.
+        options = {"use_listings_cache": False} if "://" in location and not location.startswith("file:") else {}
+        self._fs, self._root = fsspec.core.url_to_fs(location, **options)
         self.is_local = "file" in ([self._fs.protocol] if isinstance(self._fs.protocol, str) else self._fs.protocol)
 
     def __repr__(self) -> str:
@@ -119,10 +125,13 @@ class Store:
         finally:
             os.close(folder)
 
+    @property
+    def _staging(self) -> Path:
+        return Path(self._root) / "_staging" if self.is_local else Path(tempfile.gettempdir()) / "polyphony-staging"
+
     def _staging_file(self) -> Path:
-        folder = Path(self._root) / "_staging" if self.is_local else Path(tempfile.gettempdir())
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=folder, suffix=".staged")
+        self._staging.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=self._staging, suffix=".staged")
         os.close(handle)
         return Path(name)
 
@@ -131,7 +140,7 @@ class Store:
     def write(
         self,
         table: schemas.Table,
-        frames: pl.DataFrame | Iterable[pl.DataFrame],
+        frames: pl.DataFrame | Iterable[pl.DataFrame | pa.Table],
         *,
         partition: str = WHOLE,
         made_from: str,
@@ -151,29 +160,30 @@ class Store:
         statuses: dict[str, int] = {}
         keys: list[pl.DataFrame] = []
         try:
-            writer = None
-            for frame in [frames] if isinstance(frames, pl.DataFrame) else frames:
-                checked = table.conform(frame)
-                keys.append(checked.select(table.key))
-                if "status" in checked.columns:
-                    for status, n in checked["status"].value_counts().iter_rows():
-                        statuses[status] = statuses.get(status, 0) + n
-                arrow = checked.to_arrow(compat_level=pl.CompatLevel.oldest())
-                if writer is None:
-                    writer = pq.ParquetWriter(staged, arrow.schema, compression="zstd")
-                writer.write_table(arrow, row_group_size=_row_group_size(arrow))
-            if writer is None:
-                arrow = table.empty().to_arrow(compat_level=pl.CompatLevel.oldest())
-                writer = pq.ParquetWriter(staged, arrow.schema, compression="zstd")
-                writer.write_table(arrow)
-            writer.close()
+            with _HashedFile(staged) as sink:
+                writer = None
+                try:
+                    for frame in [frames] if isinstance(frames, pl.DataFrame) else frames:
+                        arrow = _checked(table, frame)
+                        keys.append(pl.DataFrame(pl.from_arrow(arrow.select(list(table.key)))))
+                        if "status" in arrow.column_names:
+                            for pair in pc.value_counts(arrow["status"]).to_pylist():
+                                statuses[pair["values"]] = statuses.get(pair["values"], 0) + pair["counts"]
+                        writer = writer or _writer(sink, arrow.schema)
+                        writer.write_table(arrow, row_group_size=_row_group_size(arrow))
+                    if writer is None:
+                        arrow = _checked(table, table.empty())
+                        writer = _writer(sink, arrow.schema)
+                        writer.write_table(arrow)
+                finally:
+                    if writer is not None:
+                        writer.close()
             rows = sum(len(k) for k in keys)
             if keys and (repeated := rows - pl.concat(keys).n_unique()):
                 raise schemas.SchemaError(
                     f"table {table.name}, partition {partition}: {repeated} rows repeat the key {list(table.key)}"
                 )
-            content = _sha256(staged)
-            size = staged.stat().st_size
+            content, size = sink.content, sink.size
             # Uncommitted first: a crash between the two files must not leave new rows under an old commit.
             self._uncommit(table.name, partition)
             self.publish(f"{table.name}/{partition}.parquet", staged)
@@ -262,7 +272,12 @@ class Store:
         names = [m.partition for m in self.manifests(table.name, below)] if partitions is None else list(partitions)
         if not names:
             return table.empty().lazy()
-        return pl.scan_parquet([self.data_path(table.name, p) for p in names])
+        paths = [self.data_path(table.name, p) for p in names]
+        if self.is_local:
+            return pl.scan_parquet(paths)
+        # One filesystem reads and writes everything, with the credentials that fsspec has.
+        files = [self._fs._strip_protocol(p) for p in paths]
+        return pl.scan_pyarrow_dataset(pads.dataset(files, filesystem=self._fs, format="parquet"))
 
     def read(self, table: schemas.Table, partition: str = WHOLE) -> pl.DataFrame:
         """Return one committed partition.
@@ -271,7 +286,24 @@ class Store:
             StoreError: it is not there.
         """
         self.require(table.name, partition)
-        return pl.read_parquet(self.data_path(table.name, partition))
+        return self.scan(table, partitions=[partition]).collect()
+
+    @contextlib.contextmanager
+    def open_parquet(self, table: schemas.Table, partition: str = WHOLE) -> Iterator[pq.ParquetFile]:
+        """Open one committed partition for reading in pieces.
+
+        Raises:
+            StoreError: it is not there.
+        """
+        self.require(table.name, partition)
+        path = f"{self._root}/{table.name}/{partition}.parquet"
+        with self._fs.open(path, "rb") as handle, pq.ParquetFile(handle) as file:
+            yield file
+
+    @property
+    def filesystem(self) -> fsspec.AbstractFileSystem:
+        """Return the filesystem of the store."""
+        return self._fs
 
     def build(
         self,
@@ -311,11 +343,10 @@ class Store:
 
     def clear_staging(self) -> None:
         """Remove what interrupted writes left behind: staged files that nobody has touched for a day."""
-        if self.is_local:
-            for file in (Path(self._root) / "_staging").glob("*.staged"):
-                with contextlib.suppress(FileNotFoundError):
-                    if time.time() - file.stat().st_mtime > STAGED_SECONDS:
-                        file.unlink()
+        for file in self._staging.glob("*.staged"):
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                if time.time() - file.stat().st_mtime > STAGED_SECONDS:
+                    file.unlink()
 
     def write_views(self) -> str:
         """Write `views.sql` (DuckDB views over the committed, current partitions) and the data dictionary."""
@@ -348,14 +379,61 @@ class Store:
         return (self.read_json("scores/current.json") or {}).get("revisions", {})
 
 
+def _checked(table: schemas.Table, frame: pl.DataFrame | pa.Table) -> pa.Table:
+    if isinstance(frame, pa.Table):
+        return table.conform_arrow(frame)
+    return table.conform(frame).to_arrow(compat_level=pl.CompatLevel.oldest())
+
+
+def _writer(sink: io.RawIOBase, schema: pa.Schema) -> pq.ParquetWriter:
+    # Encoded images and tensors are all different: a dictionary or the smallest of them helps nobody.
+    plain = [f.name for f in schema if not pa.types.is_large_binary(f.type)]
+    codecs = {f.name: "zstd" if f.name in plain else "none" for f in schema}
+    return pq.ParquetWriter(sink, schema, compression=codecs, use_dictionary=plain, write_statistics=plain)
+
+
+class _HashedFile(io.RawIOBase):
+    """A new file whose sha256 is computed by a thread while it is written; `content` and `size` after closing."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._digest = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+        self.size = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        # The writer reuses its buffer after this call.
+        block = bytes(data)
+        before, self._last = self._last, self._thread.submit(self._digest.update, block)
+        if before is not None:
+            before.result()
+        self._file.write(block)
+        self.size += len(block)
+        return len(block)
+
+    def tell(self) -> int:
+        return self.size
+
+    def flush(self) -> None:
+        if not self._file.closed:
+            self._file.flush()
+
+    def close(self) -> None:
+        if not self.closed:
+            self._thread.shutdown()
+            self._file.close()
+            super().close()
+
+    @property
+    def content(self) -> str:
+        """Return the sha256 of the closed file."""
+        return self._digest.hexdigest()
+
+
 def _row_group_size(arrow: pa.Table) -> int:
     """Return rows per row group so that a group stays near 16 MB."""
     return int(max(1, min(100_000, 16_000_000 // max(1, arrow.nbytes // max(1, len(arrow))))))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -72,7 +72,7 @@ def ingest_all():
         shards = [s for source in sources for s in ingest.LAYOUTS[source.layout].list_shards(source)]
         by_name = {s.name: s for s in sources}
         for shard in shards:
-            ingest.ingest_shard(store, by_name[shard.source], shard)
+            ingest.ingest_shard(store, ingest.plan(by_name[shard.source]), shard)
         keys = [s.key for s in shards]
         catalogue.build(store, keys)
         return keys

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import polars as pl
-import pyarrow.parquet as pq
 import torch
 
-from pipelines import catalogue, images, schemas
+from pipelines import catalogue, images, schemas, stored
 from pipelines.config import BackboneConfig
 from pipelines.identity import fingerprint
 from pipelines.tables import Built, Store
@@ -61,31 +60,30 @@ def cache_latents(store: Store, shard_key: str, backbone: Backbone, progress: Pr
     def make() -> Iterator[pl.DataFrame]:
         model = backbone.model
         done = 0
-        with pq.ParquetFile(store.data_path("images", shard_key)) as file:
-            for batch in file.iter_batches(ENCODE_BATCH, columns=["image_id", "bytes", "status"]):
-                ids, pixels = [], []
-                for row in batch.to_pylist():
-                    if row["image_id"] not in owned or row["status"] != "ok":
-                        continue
-                    try:
-                        pixels.append(model.to_pixels(images.decode_rgb(row["bytes"])))
-                    except images.UndecodableImage:
-                        continue
-                    ids.append(row["image_id"])
-                if not ids:
+        for batch in stored.read_images(store, shard_key, owned, ENCODE_BATCH):
+            ids, pixels = [], []
+            for image in batch:
+                if image.data is None:
                     continue
-                mean, log_variance = model.encode_images(torch.stack(pixels))
-                done += len(ids)
-                progress(f"latents {shard_key}: {done}/{len(owned)}")
-                yield pl.DataFrame(
-                    {
-                        "image_id": ids,
-                        "mean": [_pack(x) for x in mean],
-                        "log_variance": [_pack(x) for x in log_variance],
-                        "height": [mean.shape[2]] * len(ids),
-                        "width": [mean.shape[3]] * len(ids),
-                    }
-                )
+                try:
+                    pixels.append(model.to_pixels(images.decode_rgb(image.data)))
+                except images.UndecodableImage:
+                    continue
+                ids.append(image.image_id)
+            if not ids:
+                continue
+            mean, log_variance = model.encode_images(torch.stack(pixels))
+            done += len(ids)
+            progress(f"latents {shard_key}: {done}/{len(owned)}")
+            yield pl.DataFrame(
+                {
+                    "image_id": ids,
+                    "mean": [_pack(x) for x in mean],
+                    "log_variance": [_pack(x) for x in log_variance],
+                    "height": [mean.shape[2]] * len(ids),
+                    "width": [mean.shape[3]] * len(ids),
+                }
+            )
 
     return store.build(
         schemas.LATENTS,

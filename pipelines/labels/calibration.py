@@ -68,15 +68,18 @@ def calibrate(
 ) -> pl.DataFrame:
     """Return the calibration table.
 
-    differences: of `margins.differences`. votes: pair_id, label_0, one row per counted vote.
+    differences: of `margins.differences`. votes: pair_id, label_0, people (how many a row stands for) of the counted votes.
     score_ranges: scorer, min, max of the scores.
     """
+    people, decided = pl.col("people"), pl.col("label_0") != 0.5
+    weighted = pl.col("label_0") * people
     per_pair = votes.group_by("pair_id").agg(
-        label=pl.col("label_0").mean(),
-        votes=pl.len(),
-        decided=(pl.col("label_0") != 0.5).sum(),
-        decided_label=pl.col("label_0").filter(pl.col("label_0") != 0.5).mean(),
+        label=weighted.sum() / people.sum(),
+        votes=people.sum(),
+        decided=people.filter(decided).sum(),
+        decided_label=weighted.filter(decided).sum() / people.filter(decided).sum(),
     )
+    per_pair = per_pair.with_columns(pl.col("decided_label").fill_nan(None))
     frame = differences.join(per_pair, on="pair_id", how="left").with_columns(fold=fold()).sort("pair_id")
     ranges = {name: (low, high) for name, low, high in score_ranges.iter_rows()}
     columns = [difference_column(s) for s in scorers]
@@ -88,7 +91,7 @@ def calibrate(
     z = np.where(known, d, 0.0) / np.where(rms > 0, rms, 1.0)
     count = frame["votes"].fill_null(0).to_numpy().astype(float)
     label = frame["label"].fill_null(0.5).to_numpy()
-    decided = frame["decided"].fill_null(0).to_numpy().astype(float)
+    decided_votes = frame["decided"].fill_null(0).to_numpy().astype(float)
     decided_label = frame["decided_label"].fill_null(0.5).to_numpy()
     folds = frame["fold"].to_numpy()
 
@@ -112,8 +115,8 @@ def calibrate(
                     "rms": rms[k],
                     "min": ranges.get(scorer, (None, None))[0],
                     "max": ranges.get(scorer, (None, None))[1],
-                    "accuracy": tie_aware_accuracy(d[judged, k], decided_label[judged], decided[judged]),
-                    "votes": int(decided[judged].sum()),
+                    "accuracy": tie_aware_accuracy(d[judged, k], decided_label[judged], decided_votes[judged]),
+                    "votes": int(decided_votes[judged].sum()),
                 }
             )
         judged = left_out & known.all(1)
@@ -126,8 +129,8 @@ def calibrate(
                 "rms": None,
                 "min": None,
                 "max": None,
-                "accuracy": tie_aware_accuracy(z[judged] @ weights, decided_label[judged], decided[judged]),
-                "votes": int(decided[judged].sum()),
+                "accuracy": tie_aware_accuracy(z[judged] @ weights, decided_label[judged], decided_votes[judged]),
+                "votes": int(decided_votes[judged].sum()),
             }
         )
     return pl.DataFrame(rows, schema=schemas.CALIBRATION.polars_schema)

@@ -48,15 +48,18 @@ def side_metrics(differences: pl.DataFrame, calibration: pl.DataFrame, scorers: 
 def minority(votes: pl.DataFrame, sides: pl.DataFrame) -> pl.DataFrame:
     """Return the minority table, one row per decided vote.
 
-    votes: vote_id, pair_id, annotator_id, label_0 of the counted votes. Other raters are the votes on the pair that are
-    not by the same known annotator.
+    votes: vote_id, pair_id, annotator_id, label_0, count of the counted votes. Other raters are the people who voted on the
+    pair (an unknown count is one), but for the same known annotator, and but for one of a row that counts for several.
     """
-    decided = votes.filter(pl.col("label_0") != 0.5).select("vote_id", "pair_id", "annotator_id", "label_0")
+    decided = votes.filter(pl.col("label_0") != 0.5).select(
+        "vote_id", "pair_id", "annotator_id", "label_0", people=pl.col("count").fill_null(1)
+    )
     known = pl.col("annotator_id").is_not_null()
     # Counts are signed, so that a difference below zero cannot wrap around.
-    on_pair, on_side = (pl.len().over(k).cast(pl.Int64) for k in (["pair_id"], ["pair_id", "label_0"]))
-    own = pl.when(known).then(pl.len().over("pair_id", "annotator_id").cast(pl.Int64)).otherwise(1)
-    own_side = pl.when(known).then(pl.len().over("pair_id", "annotator_id", "label_0").cast(pl.Int64)).otherwise(1)
+    people = pl.col("people").sum()
+    on_pair, on_side = (people.over(k) for k in (["pair_id"], ["pair_id", "label_0"]))
+    own = pl.when(known).then(people.over("pair_id", "annotator_id")).otherwise(1)
+    own_side = pl.when(known).then(people.over("pair_id", "annotator_id", "label_0")).otherwise(1)
     return (
         decided.with_columns(others=on_pair - own, against=(on_pair - on_side) - (own - own_side))
         .with_columns(share_against=pl.when(pl.col("others") > 0).then(pl.col("against") / pl.col("others")))

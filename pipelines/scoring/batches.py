@@ -10,15 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import polars as pl
-import pyarrow.parquet as pq
 
-from pipelines import catalogue, images, schemas
+from pipelines import catalogue, images, schemas, stored
 from pipelines.config import Config, ScorerConfig
 from pipelines.identity import fingerprint
 from pipelines.scoring import checkpoints
 from pipelines.tables import Built, Store, StoreError
 
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 Progress = Callable[[str], None]
 
 
@@ -67,7 +66,7 @@ def score_shard(
     active = [models[s.name] for s in due]
     frames: dict[str, list[pl.DataFrame]] = {s.name: [] for s in due}
     done = 0
-    for frame in _score(store.data_path("images", shard_key), owned, active, min(s.batch_size for s in due)):
+    for frame in _score(store, shard_key, owned, active, min(s.batch_size for s in due)):
         for name, part in frame.items():
             frames[name].append(part)
             done += len(part)
@@ -136,13 +135,9 @@ def load(scorer: ScorerConfig, device: str) -> Any:
     return ClipScorer(scorer, device)
 
 
-def _image_rows(path: str, batch: int) -> Iterator[list[tuple[str, bytes | None, str, str | None]]]:
-    with pq.ParquetFile(path) as file:
-        for part in file.iter_batches(batch, columns=["image_id", "bytes", "status", "reason"]):
-            yield [tuple(row.values()) for row in part.to_pylist()]
-
-
-def _score(path: str, owned: pl.DataFrame, models: list[Any], batch: int) -> Iterator[dict[str, pl.DataFrame]]:
+def _score(
+    store: Store, shard_key: str, owned: pl.DataFrame, models: list[Any], batch: int
+) -> Iterator[dict[str, pl.DataFrame]]:
     """Yield, per batch of images, a frame of scores per model."""
     import torch
 
@@ -151,28 +146,24 @@ def _score(path: str, owned: pl.DataFrame, models: list[Any], batch: int) -> Ite
         prompts.setdefault(image_id, []).append((prompt_id, prompt))
     preparers = {m.preprocessing: m.prepare for m in models}
 
-    def decode(row: tuple) -> tuple[dict[str, Any] | None, str, str | None]:
-        _, data, status, reason = row
-        if status != "ok":
-            return None, status, reason
+    def decode(row: stored.StoredImage) -> tuple[dict[str, Any] | None, str, str | None]:
+        if row.data is None:
+            return None, row.status, row.reason
         try:
-            image = images.decode_rgb(data)
+            image = images.decode_rgb(row.data)
         except images.UndecodableImage as error:
             return None, "undecodable", str(error)
         return {key: prepare(image) for key, prepare in preparers.items()}, "ok", None
 
     with ThreadPoolExecutor(2) as pool:
-        for rows in _image_rows(path, batch):
-            rows = [r for r in rows if r[0] in prompts]
-            if not rows:
-                continue
+        for rows in stored.read_images(store, shard_key, prompts.keys(), batch):
             decoded = list(pool.map(decode, rows))
-            good = [(r[0], d[0]) for r, d in zip(rows, decoded, strict=True) if d[0] is not None]
+            good = [(r.image_id, d[0]) for r, d in zip(rows, decoded, strict=True) if d[0] is not None]
             bad = [
-                (r[0], prompt_id, None, status, reason)
+                (r.image_id, prompt_id, None, status, reason)
                 for r, (prepared, status, reason) in zip(rows, decoded, strict=True)
                 if prepared is None
-                for prompt_id, _ in prompts[r[0]]
+                for prompt_id, _ in prompts[r.image_id]
             ]
             pairs = [(i, image_id, *p) for i, (image_id, _) in enumerate(good) for p in prompts[image_id]]
             result = {}

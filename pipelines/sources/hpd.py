@@ -1,50 +1,55 @@
 """HPD v2: `train.json` (pairs), `test.json` (groups of 9 or 10 images ranked by ten raters), image files beside them.
 
-A shard is a range of records of one of the two files. A test group gives one vote per rater and pair.
+The images of a split lie in `<split>/`, `<split>.tar` or `<split>.tar.gz`. A shard is a range of records of one of the two
+files; a compressed archive can only be read as a whole, so that its split is one shard. A test group gives one vote per
+rater and pair. Four images of a train prompt were ranked by one person: its pairs share a `group`.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
-from itertools import combinations
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from itertools import combinations, islice
 from typing import Any
 
-import polars as pl
-
 from pipelines import identity
-from pipelines.config import SourceConfig
-from pipelines.sources import IMAGE_SCHEMA, VOTE_SCHEMA, RawChunk, Shard, SourceError
+from pipelines.config import LimitsConfig, SourceConfig
+from pipelines.files import Folder
+from pipelines.sources import (
+    RawChunk,
+    Sample,
+    Shard,
+    SourceError,
+    chunk,
+    file_mark,
+    problem_vote,
+    records,
+    shown,
+    text_problem,
+    vote,
+)
+from pipelines.sources.pictures import Pictures
 
 FIELDS = {
     "train": ("human_preference", "prompt", "file_path"),
     "test": ("prompt", "image_path", "raw_annotations"),
 }
+EXPECTED = (
+    f"hpd: train.json, records with fields {list(FIELDS['train'])}, or test.json, records with fields "
+    f"{list(FIELDS['test'])}; images in train/ and test/ or train.tar.gz and test.tar.gz"
+)
 CHUNK_RECORDS = 256
+Converted = tuple[list[dict[str, Any]], list[str]]
+"""Votes of a record, and the images that it names."""
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
-    try:
-        records = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise SourceError(f"{path}: not a readable JSON file ({error}); fetch it again") from error
-    if not isinstance(records, list) or any(not isinstance(r, dict) for r in records):
-        raise SourceError(f"{path}: expected a list of objects, as HPDv2's {path.name}, found {type(records).__name__}")
-    return records
+class BadRecord(ValueError):
+    """A record is not as its layout says; its row is kept with this message."""
 
 
-def _shard_records(shard: Shard) -> list[dict[str, Any]]:
-    """Return the shard's records; a record of another shard that lacks a field costs this one nothing."""
-    path = Path(shard.file)
-    records, needed = _records(path)[shard.start : shard.stop], FIELDS[path.stem]
-    for i, record in enumerate(records, shard.start):
-        if missing := [f for f in needed if f not in record]:
-            raise SourceError(
-                f"{path}: record {i}: field {missing[0]!r} is missing; expected {needed}, found {sorted(record)}"
-            )
-    return records
+def recognises(sample: Sample) -> bool:
+    """Return whether a JSON file's records have the layout's fields."""
+    return sample.kind == "json" and any(set(fields) <= set(sample.names) for fields in FIELDS.values())
 
 
 def list_shards(source: SourceConfig) -> list[Shard]:
@@ -53,138 +58,214 @@ def list_shards(source: SourceConfig) -> list[Shard]:
     Raises:
         SourceError: neither train.json nor test.json is there, or one is not as HPDv2 writes it.
     """
-    folder = Path(source.location)
+    sizes = {"train": source.records_per_shard, "test": max(1, source.records_per_shard // 10)}
+    return list_json(source, {split: (f"{split}.json", split, size) for split, size in sizes.items()}, EXPECTED)
+
+
+def list_json(source: SourceConfig, parts: dict[str, tuple[str, str, int]], expected: str) -> list[Shard]:
+    """Return the shards of JSON files: {part: (file, folder of its images, records per shard)}."""
+    folder = Folder(source.location)
+    folder.fs.invalidate_cache()
     shards = []
-    for split, per_shard in (("train", source.records_per_shard), ("test", max(1, source.records_per_shard // 10))):
-        path = folder / f"{split}.json"
-        if not path.exists():
+    for part, (name, base, per_shard) in parts.items():
+        stat = folder.stat(name)
+        if stat is None:
             continue
-        stat = path.stat()
-        count = len(_records(path))
-        for start in range(0, count, per_shard):
+        count = records.count_records(folder, name)
+        pictures = Pictures.find(folder, base, LimitsConfig())
+        size = pictures.size() if count else 0
+        if not pictures.is_seekable:
+            per_shard = max(1, count)
+        # An empty file is a shard without rows: it is accounted for too.
+        for start in range(0, max(1, count), per_shard):
             stop = min(start + per_shard, count)
-            key = f"{source.name}.{split}-{start:07d}"
-            mark = identity.fingerprint(
-                file=path.name, size=stat.st_size, modified=stat.st_mtime_ns, start=start, stop=stop
+            shards.append(
+                Shard(
+                    f"{source.name}.{part}-{start:07d}",
+                    source.name,
+                    name,
+                    file_mark(name, stat, start=start, stop=stop),
+                    start,
+                    stop,
+                    bytes=size * (stop - start) // max(1, count),
+                    is_seekable=pictures.is_seekable,
+                )
             )
-            shards.append(Shard(key, source.name, str(path), mark, start, stop))
     if not shards:
-        raise SourceError(f"source {source.name!r}: neither train.json nor test.json with records lies in {folder}")
+        found = sorted(n for n, _ in folder.files((".json", ".jsonl", ".parquet", ".tar", ".gz"), 1).items())
+        raise SourceError(
+            f"source {source.name!r}: nothing to read in {source.location}: expected {expected}; found {found}"
+        )
     return shards
 
 
-def fingerprint(shard: Shard) -> str:
+def split_name(shard: Shard) -> str:
+    """Return the split of a shard: the name of its JSON file."""
+    return shard.file.removesuffix(".json")
+
+
+def fingerprint(source: SourceConfig, shard: Shard) -> str:
     """Return what changes when the shard's records change, or an image file that they name comes, goes or changes."""
-    path = Path(shard.file)
-    names = {n for r in _shard_records(shard) for n in r["file_path" if path.stem == "train" else "image_path"] or []}
-    stats: dict[str, tuple[int, int] | None] = {}
-    for name in sorted(str(n) for n in names):
+    split = split_name(shard)
+    return json_fingerprint(source, shard, split, _train if split == "train" else _test)
+
+
+def json_fingerprint(source: SourceConfig, shard: Shard, base: str, convert: Callable[[Any], Converted]) -> str:
+    """Return the fingerprint of a shard of records and of the images below `base` that they name."""
+    folder = Folder(source.location)
+    names: set[str] = set()
+    for _, record in records.read_records(folder, shard.file, shard.start, shard.stop):
         try:
-            stat = (path.parent / path.stem / name).stat()
-            stats[name] = (stat.st_size, stat.st_mtime_ns)
-        except OSError:
-            stats[name] = None
+            names.update(convert(record)[1])
+        except BadRecord:
+            continue
+    stats = Pictures.find(folder, base, LimitsConfig()).stats(names)
     return identity.fingerprint(shard=shard.fingerprint, images=stats)
 
 
-def read_shard(source: SourceConfig, shard: Shard) -> Iterator[RawChunk]:
-    """Yield the shard's records as votes, with the bytes of the image files they name."""
-    path = Path(shard.file)
-    records = _shard_records(shard)
-    convert = _train_votes if path.stem == "train" else _test_votes
-    for offset in range(0, len(records), CHUNK_RECORDS):
-        votes: list[dict[str, Any]] = []
-        names: list[str] = []
-        for i, record in enumerate(records[offset : offset + CHUNK_RECORDS], shard.start + offset):
-            rows, files = convert(path, i, record)
-            votes += rows
-            names += files
-        images = [_read_image(path.parent / path.stem, name) for name in dict.fromkeys(names)]
-        yield RawChunk(pl.DataFrame(images, schema=IMAGE_SCHEMA), pl.DataFrame(votes, schema=VOTE_SCHEMA))
+def read_shard(source: SourceConfig, shard: Shard, limits: LimitsConfig) -> Iterator[RawChunk]:
+    """Yield the shard's records as votes, with the bytes of the image files they name.
+
+    Raises:
+        SourceError: the JSON file or an archive is not readable.
+    """
+    split = split_name(shard)
+    yield from read_json(source, shard, split, split, _train if split == "train" else _test, limits)
 
 
-def _read_image(folder: Path, name: str) -> dict[str, Any]:
-    try:
-        data, problem = (folder / name).read_bytes(), None
-    except OSError as error:
-        data, problem = None, f"{folder / name}: {error.strerror or error}"
-    return {"image_key": name, "bytes": data, "uid": f"{folder.name}/{name}", "problem": problem}
+def read_json(
+    source: SourceConfig,
+    shard: Shard,
+    base: str,
+    split: str | None,
+    convert: Callable[[Any], Converted],
+    limits: LimitsConfig,
+) -> Iterator[RawChunk]:
+    """Yield a shard of records that `convert` turns into votes, with the images below `base` that they name."""
+    folder = Folder(source.location)
+    pictures = Pictures.find(folder, base, limits)
+    listed = records.read_records(folder, shard.file, shard.start, shard.stop)
+
+    def converted(numbered: Iterator[tuple[int, Any]]) -> tuple[list[dict[str, Any]], list[str], int]:
+        votes, names, rows = [], [], 0
+        for number, record in numbered:
+            row, rows = f"{shard.file}:{number}", rows + 1
+            try:
+                made, named = convert(record)
+            except BadRecord as error:
+                votes.append(problem_vote(row, str(error), split=split))
+                continue
+            votes += [{**v, "source_row": row, "split": split} for v in made]
+            names += named
+        return votes, names, rows
+
+    if pictures.is_seekable:
+        while part := list(islice(listed, CHUNK_RECORDS)):
+            votes, names, rows = converted(iter(part))
+            # Images first and in pieces, so that a group of large ones stays small in memory.
+            yield from _image_chunks(pictures.read(names))
+            yield chunk([], votes, rows)
+    else:
+        votes, names, rows = converted(listed)
+        yield from _image_chunks(pictures.read(names))
+        yield chunk([], votes, rows)
 
 
-def _vote(
-    split: str, index: int, rater: int, prompt: Any, first: str, second: str, label: Any, **more: Any
-) -> dict[str, Any]:
-    labels = label if label is not None else (None, None)
-    return {
-        "source_row": f"{split}:{index}",
-        "rater": rater,
-        "prompt": prompt,
-        "first_key": first,
-        "second_key": second,
-        "is_display_order": False,
-        "label_first": labels[0],
-        "label_second": labels[1],
-        "is_labelled": label is not None,
-        "annotator": None,
-        "group": None,
-        "model_first": None,
-        "model_second": None,
-        "created_at": None,
-        "split": split,
-        **more,
-    }
+def _image_chunks(images: Iterator[dict[str, Any]]) -> Iterator[RawChunk]:
+    part: list[dict[str, Any]] = []
+    size = 0
+    for row in images:
+        part.append(row)
+        size += len(row["bytes"] or b"")
+        if size >= 16_000_000 or len(part) >= 4096:
+            yield chunk(part, [], 0)
+            part, size = [], 0
+    if part:
+        yield chunk(part, [], 0)
 
 
-def _check(path: Path, index: int, field: str, is_right: bool, expected: str, found: Any) -> None:
+def check(field: str, is_right: bool, expected: str, found: Any) -> None:
+    """Raise BadRecord unless the field of a record is right."""
     if not is_right:
-        raise SourceError(f"{path}: record {index}: {field}: expected {expected}, found {found!r}")
+        raise BadRecord(f"{field}: expected {expected}, found {shown(found)}")
 
 
-def _is_list(value: Any, kind: type | tuple[type, ...], length: int | None = None) -> bool:
-    return (
-        isinstance(value, list) and all(isinstance(v, kind) for v in value) and (length is None or len(value) == length)
+def check_fields(record: Any, fields: tuple[str, ...]) -> None:
+    """Raise BadRecord unless the record is an object with the fields and its prompt is text or null."""
+    check("record", isinstance(record, dict), "an object", record)
+    for field in fields:
+        check(field, field in record, f"a field of {list(fields)}", sorted(record))
+    if problem := text_problem("prompt", record["prompt"]):
+        raise BadRecord(problem)
+
+
+def check_texts(field: str, values: Any, length: int | None = None) -> None:
+    """Raise BadRecord unless the field is a list of texts, of that length."""
+    is_list = isinstance(values, list) and (length is None or len(values) == length)
+    check(field, is_list, f"{'a list of' if length is None else length} file names", values)
+    for value in values:
+        check(field, isinstance(value, str), "file names", values)
+        if problem := text_problem(field, value):
+            raise BadRecord(problem)
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a JSON value is a finite number (true and false are none)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _train(record: Any) -> Converted:
+    check_fields(record, FIELDS["train"])
+    files, label, prompt = record["file_path"], record["human_preference"], record["prompt"]
+    check_texts("file_path", files, 2)
+    is_label = label is None or (isinstance(label, list) and len(label) == 2 and all(is_number(x) for x in label))
+    check("human_preference", is_label, "[1, 0] or [0, 1]", label)
+    first, second = (None, None) if label is None else (float(label[0]), float(label[1]))
+    row = vote(
+        "",
+        prompt=prompt,
+        first_key=files[0],
+        second_key=files[1],
+        label_first=first,
+        label_second=second,
+        is_labelled=label is not None,
+        group=None if prompt is None else f"train:{identity.prompt_id(prompt)}",
     )
+    return [row], files
 
 
-def _train_votes(path: Path, index: int, record: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
-    files, label = record["file_path"], record["human_preference"]
-    _check(path, index, "file_path", _is_list(files, str, 2), "two file names", files)
-    _check(path, index, "prompt", isinstance(record["prompt"], str | None), "text", record["prompt"])
-    is_label = label is None or _is_list(label, (int, float), 2)
-    _check(path, index, "human_preference", is_label, "[1, 0] or [0, 1]", label)
-    numbers = None if label is None else [float(x) for x in label]
-    return [_vote("train", index, 0, record["prompt"], files[0], files[1], numbers)], files
-
-
-def _test_votes(path: Path, index: int, record: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
-    files, raters = record["image_path"], record["raw_annotations"]
-    _check(path, index, "image_path", _is_list(files, str), "a list of file names", files)
-    _check(path, index, "prompt", isinstance(record["prompt"], str | None), "text", record["prompt"])
-    _check(path, index, "raw_annotations", _is_list(raters, dict), "a list of objects with a rank", raters)
+def _test(record: Any) -> Converted:
+    check_fields(record, FIELDS["test"])
+    files, raters, prompt = record["image_path"], record["raw_annotations"], record["prompt"]
+    check_texts("image_path", files)
+    check("image_path", len(files) > 1, "at least two images", files)
+    is_raters = isinstance(raters, list) and len(raters) > 0 and all(isinstance(r, dict) for r in raters)
+    check("raw_annotations", is_raters, "a list of objects with a rank", raters)
+    # Of the content, not of the record's number: a repeated record is then seen to repeat the first.
+    group = identity.fingerprint(prompt=prompt, files=files, raters=raters)
     pairs = list(combinations(range(len(files)), 2))
     votes = []
     for r, annotation in enumerate(raters):
-        ranks = annotation.get("rank")
-        is_ranking = _is_list(ranks, (int, float)) and all(math.isfinite(x) and not isinstance(x, bool) for x in ranks)
-        _check(path, index, f"rank of rater {r}", is_ranking, "a list of finite numbers", ranks)
-        if len(ranks) != len(files):
-            raise SourceError(
-                f"{path}: record {index}: rater {r} ranks {len(ranks)} images, the group has {len(files)}; both must agree"
-            )
+        ranks, person = annotation.get("rank"), annotation.get("user_hash")
+        is_ranking = isinstance(ranks, list) and all(is_number(x) for x in ranks)
+        check(f"rank of rater {r}", is_ranking, "a list of finite numbers", ranks)
+        check(f"rank of rater {r}", len(ranks) == len(files), f"{len(files)} numbers, one per image", ranks)
+        if problem := text_problem(f"user_hash of rater {r}", person if isinstance(person, str) else None):
+            raise BadRecord(problem)
         for k, (i, j) in enumerate(pairs):
             # Lower rank is better.
             label = 0.5 if ranks[i] == ranks[j] else float(ranks[i] < ranks[j])
             votes.append(
-                _vote(
-                    "test",
-                    index,
-                    r * len(pairs) + k,
-                    record["prompt"],
-                    files[i],
-                    files[j],
-                    (label, 1 - label),
-                    annotator=annotation.get("user_hash"),
-                    group=f"test:{index}:{r}",
+                vote(
+                    "",
+                    rater=r * len(pairs) + k,
+                    prompt=prompt,
+                    first_key=files[i],
+                    second_key=files[j],
+                    label_first=label,
+                    label_second=1 - label,
+                    annotator=None if person is None else str(person),
+                    group=f"test:{group}:{r}",
                 )
             )
     return votes, files

@@ -1,134 +1,115 @@
-"""Pick-a-Pic v1/v2 as parquet shards: `data/<split>-00000-of-00645-<hash>.parquet`, raw JPEG bytes in jpg_0, jpg_1."""
+"""Pick-a-Pic v1/v2 as parquet: `data/<split>-00000-of-00645-<hash>.parquet`, raw JPEG bytes in jpg_0, jpg_1.
+
+Also the `*_no_images` releases (images known by their uids), `validation_unique` and `test_unique` (splits validation and
+test), mirrors under other file names, and conversions in which every column is text (images then as base64).
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipelines import identity
-from pipelines.config import SourceConfig
-from pipelines.sources import IMAGE_SCHEMA, VOTE_SCHEMA, RawChunk, Shard, SourceError
+from pipelines.config import LimitsConfig, SourceConfig
+from pipelines.files import Folder
+from pipelines.sources import (
+    VOTE_SCHEMA,
+    RawChunk,
+    Sample,
+    Shard,
+    SourceError,
+    columns,
+    file_mark,
+    shard_key,
+    split_of,
+)
 
-TYPES = {
-    "caption": pl.String(),
+TYPES: dict[str, pl.DataType | type[pl.DataType]] = {
+    "caption": pl.String,
     "created_at": pl.Datetime("us"),
-    "has_label": pl.Boolean(),
-    "image_0_uid": pl.String(),
-    "image_1_uid": pl.String(),
-    "jpg_0": pl.Binary(),
-    "jpg_1": pl.Binary(),
-    "label_0": pl.Float64(),
-    "label_1": pl.Float64(),
-    "model_0": pl.String(),
-    "model_1": pl.String(),
-    "ranking_id": pl.String(),
-    "user_id": pl.String(),
+    "has_label": pl.Boolean,
+    "label_0": pl.Float64,
+    "label_1": pl.Float64,
+    "model_0": pl.String,
+    "model_1": pl.String,
+    "ranking_id": pl.String,
+    "user_id": pl.String,
 }
-"""Columns that are read, and the types they are read as: mirrors store some of them otherwise (numbers as strings)."""
-REQUIRED = tuple(TYPES)
-_FILE = re.compile(r"(?P<split>train|validation|test)(?:_unique)?-\d{5}-of-\d{5}.*\.parquet")
+"""Columns beside the images, and the types they are read as."""
+IMAGES = {"jpg_0": "image_0_uid", "jpg_1": "image_1_uid"}
+REQUIRED = ("caption", "image_0_uid", "image_1_uid", "label_0")
+EXPECTED = f"pickapic: parquet with columns {list(REQUIRED)} and, with images, {list(IMAGES)}"
+
+
+def recognises(sample: Sample) -> bool:
+    """Return whether a parquet file has the layout's columns."""
+    return sample.kind == "parquet" and set(REQUIRED) <= set(sample.names)
 
 
 def list_shards(source: SourceConfig) -> list[Shard]:
     """Return one shard per parquet file of the source.
 
     Raises:
-        SourceError: the folder holds no file of the layout.
+        SourceError: the folder holds no parquet file.
     """
-    folder = Path(source.location)
-    files = sorted(f for f in folder.glob("data/*.parquet") if _FILE.fullmatch(f.name))
+    return list_parquet(source, EXPECTED)
+
+
+def list_parquet(source: SourceConfig, expected: str) -> list[Shard]:
+    """Return one shard per parquet file below the source's location."""
+    folder = Folder(source.location)
+    try:
+        files = folder.files((".parquet",))
+    except OSError as error:
+        raise SourceError(f"source {source.name!r}: {source.location}: {error.strerror or error}") from error
     if not files:
-        raise SourceError(
-            f"source {source.name!r}: no file data/{{train,validation,test}}-00000-of-*.parquet below {folder}; "
-            f"set its location to the folder that holds data/"
-        )
-    shards = []
-    for file in files:
-        stat = file.stat()
-        mark = identity.fingerprint(file=file.name, size=stat.st_size, modified=stat.st_mtime_ns)
-        shards.append(Shard(f"{source.name}.{file.stem}", source.name, str(file), mark))
-    return shards
+        raise SourceError(f"source {source.name!r}: no parquet file below {source.location}; expected {expected}")
+    return [
+        Shard(shard_key(source.name, name), source.name, name, file_mark(name, stat), bytes=stat.size)
+        for name, stat in files.items()
+    ]
 
 
-def fingerprint(shard: Shard) -> str:
+def fingerprint(source: SourceConfig, shard: Shard) -> str:
     """Return what changes when the shard's file changes; it names no other file."""
     return shard.fingerprint
 
 
-def read_shard(source: SourceConfig, shard: Shard) -> Iterator[RawChunk]:
-    """Yield the shard's rows, one row group at a time.
+def read_shard(source: SourceConfig, shard: Shard, limits: LimitsConfig) -> Iterator[RawChunk]:
+    """Yield the shard's rows in pieces.
 
     Raises:
         SourceError: the file is not readable parquet, or lacks a column of the layout or has it in an unusable type.
     """
-    match = _FILE.fullmatch(Path(shard.file).name)
-    if match is None:
-        raise SourceError(f"{shard.file}: expected a name like train-00000-of-00645-<hash>.parquet")
-    try:
-        with pq.ParquetFile(shard.file) as file:
-            names = file.schema_arrow.names
-            if missing := [c for c in REQUIRED if c not in names]:
-                raise SourceError(
-                    f"{shard.file}: column {missing[0]!r} is missing (all missing: {missing}); expected {list(REQUIRED)}, "
-                    f"found {names}; is this Pick-a-Pic's layout with images?"
-                )
-            row = 0
-            for group in range(file.num_row_groups):
-                table = file.read_row_group(group, columns=list(REQUIRED))
-                yield _chunk(_typed(table, shard.file), Path(shard.file).stem, row, match["split"])
-                row += table.num_rows
-    except (pa.ArrowInvalid, OSError) as error:
-        raise SourceError(f"{shard.file}: not a readable parquet file ({error}); fetch it again") from error
-
-
-def _typed(table: pa.Table, file: str) -> pl.DataFrame:
-    frame = pl.from_arrow(table)
-    assert isinstance(frame, pl.DataFrame)
-    columns = []
-    for name, dtype in TYPES.items():
-        found = frame[name].dtype
-        wrong = f"{file}: column {name!r}: expected {dtype}, found {found}, which cannot be read as such"
-        # Polars casts the fields of a struct, not the struct.
-        if found.is_nested():
-            raise SourceError(wrong)
-        try:
-            columns.append(frame[name].cast(dtype))
-        except pl.exceptions.PolarsError as error:
-            raise SourceError(f"{wrong} ({error})") from error
-    return pl.DataFrame(columns)
-
-
-def _chunk(frame: pl.DataFrame, stem: str, start: int, split: str) -> RawChunk:
-    frame = frame.with_row_index("row", offset=start).with_columns(pl.col("row").cast(pl.String))
-    images = pl.concat(
-        frame.select(
-            image_key=pl.col("row") + f":{i}",
-            bytes=pl.col(f"jpg_{i}"),
-            uid=pl.col(f"image_{i}_uid"),
-            problem=pl.lit(None, pl.String),
+    folder = Folder(source.location)
+    file, split = folder.uri(shard.file), split_of(shard.file, source.split)
+    wanted = (*TYPES, *IMAGES, *(u for u in IMAGES.values()))
+    for piece in columns.read_pieces(folder, shard.file, wanted, REQUIRED):
+        frame, problem = columns.typed(piece.table, TYPES, file)
+        images = columns.images_of(piece, IMAGES, file, None, limits)
+        frame = frame.with_columns(problem).with_row_index("row", offset=piece.start)
+        row = pl.col("row").cast(pl.String)
+        label_1 = pl.col("label_1") if "label_1" in piece.table.column_names else 1 - pl.col("label_0")
+        has_label = pl.col("has_label").fill_null(False)
+        votes = frame.select(
+            source_row=pl.lit(f"{shard.file}:") + row,
+            rater=pl.lit(0),
+            prompt="caption",
+            first_key=row + ":jpg_0",
+            second_key=row + ":jpg_1",
+            is_display_order=pl.lit(True),
+            label_first="label_0",
+            label_second=label_1,
+            is_labelled=has_label if "has_label" in piece.table.column_names else pl.col("label_0").is_not_null(),
+            count=pl.lit(1),
+            source_label_first=pl.lit(None),
+            source_confidence=pl.lit(None),
+            annotator="user_id",
+            group="ranking_id",
+            model_first="model_0",
+            model_second="model_1",
+            created_at="created_at",
+            split=pl.lit(split),
+            problem="problem",
         )
-        for i in (0, 1)
-    )
-    votes = frame.select(
-        source_row=pl.lit(f"{stem}:") + pl.col("row"),
-        rater=pl.lit(0, pl.Int32),
-        prompt="caption",
-        first_key=pl.col("row") + ":0",
-        second_key=pl.col("row") + ":1",
-        is_display_order=pl.lit(True),
-        label_first="label_0",
-        label_second="label_1",
-        is_labelled=pl.col("has_label").fill_null(False),
-        annotator="user_id",
-        group="ranking_id",
-        model_first="model_0",
-        model_second="model_1",
-        created_at="created_at",
-        split=pl.lit(split),
-    )
-    return RawChunk(images.cast(pl.Schema(IMAGE_SCHEMA)), votes.cast(pl.Schema(VOTE_SCHEMA)))
+        yield RawChunk(images, votes.cast(pl.Schema(VOTE_SCHEMA)), len(frame))

@@ -211,7 +211,7 @@ def _write_pickapic(
             stem = f"{split}-{k:05d}-of-{shards:05d}-{tag}"
             table = pa.Table.from_pylist(rows[part], schema=PICKAPIC_SCHEMA)
             pq.write_table(table, folder / "data" / f"{stem}.parquet", row_group_size=100)
-            truth += [{"source_row": f"{stem}:{i}", "rater": 0, **fact} for i, fact in enumerate(facts[part])]
+            truth += [{"source_row": f"data/{stem}.parquet:{i}", "rater": 0, **fact} for i, fact in enumerate(facts[part])]
     return [{"source": "pickapic", **row} for row in truth]
 
 
@@ -250,7 +250,7 @@ def _write_hpd(
             truth.append(
                 {
                     "source": "hpd",
-                    "source_row": f"train:{len(train) - 1}",
+                    "source_row": f"train.json:{len(train) - 1}",
                     "rater": 0,
                     "taste": people.TASTES[tastes[person]].name,
                     "is_against_mean": against,
@@ -274,7 +274,7 @@ def _write_hpd(
                 truth.append(
                     {
                         "source": "hpd",
-                        "source_row": f"test:{g}",
+                        "source_row": f"test.json:{g}",
                         "rater": r * len(pairs) + k,
                         "taste": people.TASTES[tastes[person]].name,
                         "is_against_mean": against,

@@ -31,6 +31,15 @@ def pairs():
     )
 
 
+def pairs_with_humans():
+    labels = list(VOTES.values())
+    return pairs().with_columns(
+        pl.Series("n_votes", [len(v) for v in labels]),
+        pl.Series("human_label_0", [sum(v) / len(v) if v else None for v in labels]),
+        pl.Series("cycle", [3 if n == "lost" else None for n in VOTES], pl.Int64),
+    )
+
+
 def scores():
     rows = []
     for name in VOTES:
@@ -68,9 +77,9 @@ def table():
         .with_columns(p_smpo=pl.lit(0.6), p_ensemble=pl.lit(0.7), p_linear=0.5, p_log=0.5, z_mean=0.0, z_std=0.0)
     )
     result = curation.preferences(
-        pairs=pairs(),
+        pairs=pairs_with_humans(),
         prompts=pl.LazyFrame({"prompt_id": ["p", "q"], "prompt": ["a cat", "a dog"], "split": ["train", "test"]}),
-        votes=pl.LazyFrame(votes, schema={"pair_id": pl.String, "label_0": pl.Float64}, orient="row"),
+        votes=pl.LazyFrame(votes, schema={"pair_id": pl.String, "label_0": pl.Float64}, orient="row").with_columns(count=1),
         vote_sources=pl.LazyFrame(
             [(n, s) for n in VOTES for s in (("pap", "hpd", "pap") if n == "agreed" else ("pap",))],
             schema=["pair_id", "source"],

@@ -29,7 +29,7 @@ def ingest_rows(tmp_path, store, write_pickapic):
         write_pickapic(tmp_path / "pap", rows, split, schema=schema)
         source = SourceConfig(name="pap", layout="pickapic", location=str(tmp_path / "pap"))
         (shard,) = pickapic.list_shards(source)
-        ingest.ingest_shard(store, source, shard)
+        ingest.ingest_shard(store, ingest.plan(source), shard)
         votes, held = store.read(schemas.VOTES, shard.key), store.read(schemas.IMAGES, shard.key)
         assert len(votes) == len(rows), "every row in is a row out"
         return votes, held
@@ -49,7 +49,7 @@ def ingest_hpd(store, hpd_folder):
     def run():
         source = SourceConfig(name="hpd", layout="hpd", location=str(hpd_folder), records_per_shard=10)
         for shard in hpd.list_shards(source):
-            ingest.ingest_shard(store, source, shard)
+            ingest.ingest_shard(store, ingest.plan(source), shard)
         return store.scan(schemas.VOTES).collect(), store.scan(schemas.IMAGES).collect()
 
     return run
@@ -329,7 +329,7 @@ def test_an_unreadable_file_is_named_and_the_other_shards_ingest(world_copy, sou
     with pytest.raises(SourceError, match=f"{file.name}: not a readable parquet file"):
         ingest.ingest_shard(store, source, bad)
     for shard in good:
-        ingest.ingest_shard(store, source, shard)
+        ingest.ingest_shard(store, ingest.plan(source), shard)
     assert [m.partition for m in store.manifests("votes")] == sorted(s.key for s in good)
     assert store.manifest("images", bad.key) is None
 
@@ -343,7 +343,7 @@ def test_a_parquet_file_damaged_in_a_later_row_group_leaves_nothing_visible(tmp_
     source = SourceConfig(name="pap", layout="pickapic", location=str(tmp_path / "pap"))
     (shard,) = pickapic.list_shards(source)
     with pytest.raises(SourceError, match=file.name):
-        ingest.ingest_shard(store, source, shard)
+        ingest.ingest_shard(store, ingest.plan(source), shard)
     assert [store.manifest(t, shard.key) for t in ("images", "prompts", "votes")] == [None] * 3
     assert not list((tmp_path / "store").rglob("*.parquet"))
 
@@ -474,7 +474,7 @@ def test_ingesting_again_reuses_everything_until_the_file_changes(tmp_path, stor
 
     def reused():
         (shard,) = pickapic.list_shards(source)
-        return {name: b.is_reused for name, b in ingest.ingest_shard(store, source, shard).items()}
+        return {name: b.is_reused for name, b in ingest.ingest_shard(store, ingest.plan(source), shard).items()}
 
     assert reused() == dict.fromkeys(("images", "prompts", "votes"), False)
     assert reused() == dict.fromkeys(("images", "prompts", "votes"), True)
@@ -489,7 +489,7 @@ def test_the_manifest_accounts_for_every_row_by_status(tmp_path, store, rows, wr
     write_pickapic(tmp_path / "pap", [*rows, dict(rows[5])])
     source = SourceConfig(name="pap", layout="pickapic", location=str(tmp_path / "pap"))
     (shard,) = pickapic.list_shards(source)
-    manifest = ingest.ingest_shard(store, source, shard)["votes"].manifest
+    manifest = ingest.ingest_shard(store, ingest.plan(source), shard)["votes"].manifest
     assert manifest.rows_by_status == {"duplicate_of": 1, "invalid_label": 1, "no_prompt": 1, "ok": 6}
     assert sum(manifest.rows_by_status.values()) == manifest.rows == manifest.extra["rows_in"] == 9
 
@@ -514,13 +514,13 @@ def test_image_files_that_arrive_after_the_lists_are_ingested_by_the_next_run(wo
     shard = hpd.list_shards(source)[0]
     images, away = world_copy / "hpdv2" / "train", tmp_path / "away"
     images.rename(away)
-    first = ingest.ingest_shard(store, source, shard)
+    first = ingest.ingest_shard(store, ingest.plan(source), shard)
     assert set(first["images"].manifest.rows_by_status) == {"no_bytes"}
     away.rename(images)
     second = ingest.ingest_shard(store, source, hpd.list_shards(source)[0])
     assert not second["images"].is_reused
     assert set(second["images"].manifest.rows_by_status) == {"ok"}
-    assert ingest.ingest_shard(store, source, shard)["images"].is_reused
+    assert ingest.ingest_shard(store, ingest.plan(source), shard)["images"].is_reused
 
 
 def test_a_bad_record_costs_its_own_shard_and_no_other(world_copy, sources_of, store):

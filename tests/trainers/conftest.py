@@ -33,7 +33,7 @@ def _cached(tmp_path_factory):
     store = Store(config.store_location)
     shards = ingest.list_shards(config)
     for shard in shards:
-        ingest.ingest_shard(store, config.source(shard.source), shard)
+        ingest.ingest_shard(store, ingest.plan(config.source(shard.source)), shard)
     keys = [s.key for s in shards]
     catalogue.build(store, keys)
     models = {}

@@ -34,7 +34,7 @@ def made_up(n=600, seed=0, prompts=120):
 
 
 def calibrate(differences, votes, scorers=SCORERS):
-    table = cal.calibrate(differences, votes, RANGES, scorers)
+    table = cal.calibrate(differences, votes.with_columns(people=pl.lit(1)), RANGES, scorers)
     schemas.CALIBRATION.conform(table)
     return table
 

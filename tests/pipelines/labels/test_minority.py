@@ -100,7 +100,7 @@ def test_the_table_has_one_row_per_decided_vote_with_the_metrics_of_its_side():
         schema=["pair_id", "side", "confidence", "stability", "minority_score", "metric"],
         orient="row",
     )
-    table = schemas.MINORITY.conform(mino.minority(votes, metrics))
+    table = schemas.MINORITY.conform(mino.minority(votes.with_columns(count=pl.lit(1)), metrics))
     found = {r["vote_id"]: r for r in table.iter_rows(named=True)}
     assert list(found) == ["v0", "v1", "v2", "v3", "v4", "w"]
     assert [found[f"v{k}"]["minority_score"] for k in range(5)] == [0.3, 0.3, 0.3, 0.7, 0.7]
@@ -116,7 +116,7 @@ def test_a_person_who_votes_twice_is_not_his_own_other_rater():
         schema=dict.fromkeys(("side", "confidence", "stability", "minority_score", "metric"), pl.Float64)
         | {"pair_id": pl.String}
     )
-    found = mino.minority(votes, nothing)
+    found = mino.minority(votes.with_columns(count=pl.lit(1)), nothing)
     assert found["others"].to_list() == [2, 2, 3, 3]
     # Against v0 stands bob alone; against v1 cid alone; against bob ann's first vote and cid; against cid two likewise.
     assert found["share_against"].to_list() == [1 / 2, 1 / 2, 2 / 3, 2 / 3]

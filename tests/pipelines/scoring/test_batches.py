@@ -38,7 +38,7 @@ def small(tmp_path, store, raw_rows, write_pickapic):
         write_pickapic(tmp_path / "pap", rows)
         source = SourceConfig(name="pap", layout="pickapic", location=str(tmp_path / "pap"))
         (shard,) = pickapic.list_shards(source)
-        ingest.ingest_shard(store, source, shard)
+        ingest.ingest_shard(store, ingest.plan(source), shard)
         catalogue.build(store, [shard.key])
         return store, shard.key
 
@@ -152,7 +152,7 @@ def test_a_new_shard_elsewhere_leaves_scores_as_they_are(tmp_path, store, raw_ro
         write_pickapic(tmp_path / name, rows)
         source = SourceConfig(name=name, layout="pickapic", location=str(tmp_path / name))
         (shard,) = pickapic.list_shards(source)
-        ingest.ingest_shard(store, source, shard)
+        ingest.ingest_shard(store, ingest.plan(source), shard)
         keys.insert(0, shard.key)
         catalogue.build(store, keys)
         built = {k: batches.score_shard(store, k, [clip])["clip"] for k in keys}
@@ -196,7 +196,7 @@ def test_a_shard_that_owns_nothing_has_an_empty_table(tmp_path, store, raw_rows,
         write_pickapic(tmp_path / name, raw_rows[:4])
         source = SourceConfig(name=name, layout="pickapic", location=str(tmp_path / name))
         (shard,) = pickapic.list_shards(source)
-        ingest.ingest_shard(store, source, shard)
+        ingest.ingest_shard(store, ingest.plan(source), shard)
         keys.append(shard.key)
     catalogue.build(store, keys)
     rows = [batches.score_shard(store, k, [clip])["clip"].manifest.rows for k in keys]
@@ -214,7 +214,7 @@ def two_shards(tmp_path, raw_rows, write_pickapic, store):
     source = SourceConfig(name="pap", layout="pickapic", location=str(tmp_path / "pap"))
     shards = pickapic.list_shards(source)
     for shard in shards:
-        ingest.ingest_shard(store, source, shard)
+        ingest.ingest_shard(store, ingest.plan(source), shard)
     keys = [s.key for s in shards]
     catalogue.build(store, keys)
     return keys
@@ -299,7 +299,7 @@ def labelled(scored, tiny_config):
 
 def test_the_label_tables_account_for_every_pair_and_every_decided_vote(labelled):
     store, keys = labelled
-    pairs = set(catalogue.all_pairs(store, keys).collect()["pair_id"])
+    pairs = set(catalogue.all_pairs(store).collect()["pair_id"])
     for table in (schemas.CONSENSUS, schemas.SMOOTHED, schemas.PREFERENCES):
         found = store.read(table)["pair_id"]
         assert len(found) == len(pairs)

@@ -261,7 +261,7 @@ def test_the_truth_agrees_with_the_votes_it_joins(tiny_world, ingested):
     without = joined.filter(pl.col("status") == "unlabelled")
     assert len(without) > 0
     assert without["is_against_mean"].null_count() == len(without)
-    ranked = joined.filter(pl.col("source_row").str.starts_with("test:"))
+    ranked = joined.filter(pl.col("source_row").str.starts_with("test.json:"))
     assert ranked["is_slip"].null_count() == len(ranked) > 0
 
 

@@ -1,0 +1,150 @@
+"""The accounting report: per source what came in, what counts, and what does not, over all shards.
+
+    reuse = uses of images in counting votes / distinct images so used
+
+Belongs here: sums over the catalogue and the shards. Does not belong here: deciding what counts (`ingest`, `catalogue`).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+
+import polars as pl
+
+from pipelines import catalogue, schemas
+from pipelines.sources import Shard
+from pipelines.tables import Built, Store
+
+CODE_VERSION = "1"
+ALL = "all"
+
+
+def build(store: Store, shards: list[Shard], layouts: Mapping[str, str]) -> Built:
+    """Build `accounting` over ingested shards with a current catalogue. layouts: source -> layout.
+
+    Raises:
+        tables.StoreError: a shard is not ingested, or the catalogue is missing or old.
+    """
+    keys = [s.key for s in shards]
+    inputs = [
+        *(store.require(t, k) for t in ("votes", "images") for k in keys),
+        *catalogue.require_current(store, keys),
+    ]
+    return store.build(
+        schemas.ACCOUNTING,
+        lambda: report(store, shards, layouts),
+        inputs=inputs,
+        code_version=CODE_VERSION,
+        parameters={"layouts": dict(layouts)},
+    )
+
+
+def report(store: Store, shards: list[Shard], layouts: Mapping[str, str]) -> pl.DataFrame:
+    """Return the accounting table: one row per source, and one over all."""
+    by_source: dict[str, list[str]] = {}
+    for shard in shards:
+        by_source.setdefault(shard.source, []).append(shard.key)
+    rows = [_row(store, name, keys, layouts.get(name)) for name, keys in sorted(by_source.items())]
+    rows.append(_row(store, ALL, [s.key for s in shards], None))
+    return pl.DataFrame(rows, schema=schemas.ACCOUNTING.polars_schema)
+
+
+def _row(store: Store, source: str, keys: list[str], layout: str | None) -> dict[str, object]:
+    votes = catalogue.resolved_votes(store, keys)
+    status, ok = pl.col("status"), pl.col("status") == "ok"
+    named = ("ok", "unlabelled", "unreadable", "duplicate_of")
+    sums = votes.select(
+        votes=pl.len(),
+        votes_ok=ok.sum(),
+        people=catalogue.PEOPLE.filter(ok).sum(),
+        ties=(ok & (pl.col("label_0") == 0.5)).sum(),
+        unlabelled=(status == "unlabelled").sum(),
+        unreadable=(status == "unreadable").sum(),
+        duplicates=(status == "duplicate_of").sum(),
+        other_rejected=(~status.is_in(named)).sum(),
+        pairs=pl.col("pair_id").filter(ok).n_unique(),
+        annotators=pl.col("annotator_id").drop_nulls().n_unique(),
+    ).collect()
+    counted = votes.filter(ok)
+    cycles = (
+        store.scan(schemas.CATALOGUE_PAIRS)
+        .filter(pl.col("cycle").is_not_null())
+        .join(counted.select("pair_id").unique(), on="pair_id", how="semi")
+        .select(pairs_in_cycles=pl.len(), cycles=pl.col("cycle").n_unique())
+        .collect()
+    )
+    used = pl.concat(counted.select(image_id=f"image_{i}_id") for i in (0, 1))
+    reuse = used.select(uses=pl.len(), images=pl.col("image_id").n_unique()).collect().row(0)
+    # One image may be readable in one shard and known by name only in another.
+    images = (
+        store.scan(schemas.IMAGES, partitions=keys)
+        .select("image_id", "status")
+        .join(
+            store.scan(schemas.CATALOGUE_NAMES).select("named_id", now="image_id"),
+            left_on="image_id",
+            right_on="named_id",
+            how="left",
+        )
+        .group_by(pl.coalesce("now", "image_id"))
+        .agg(is_ok=(pl.col("status") == "ok").any())
+        .select(images=pl.len(), images_unusable=(~pl.col("is_ok")).sum())
+        .collect()
+    )
+    prompts = (
+        store.scan(schemas.CATALOGUE_PROMPTS)
+        .join(store.scan(schemas.PROMPTS, partitions=keys).select("prompt_id").unique(), on="prompt_id", how="semi")
+        .select(
+            prompts=pl.len(),
+            **{f"prompts_{s}": (pl.col("split") == s).sum() for s in schemas.SPLITS},
+            split_conflicts=pl.col("is_conflict").sum(),
+        )
+        .collect()
+    )
+    facts = [store.require("votes", k).extra for k in keys]
+    row: dict[str, object] = {"source": source, "layout": layout, "shards": len(keys)}
+    row |= {"rows": sum(f["rows_in"] for f in facts), "image_references": sum(f["images_in"] for f in facts)}
+    for frame in (sums, cycles, images, prompts):
+        row |= frame.row(0, named=True)
+    pairs, people = sums["pairs"][0], sums["people"][0]
+    row |= {
+        "votes_per_pair": people / pairs if pairs else None,
+        "image_reuse": reuse[0] / reuse[1] if reuse[1] else None,
+    }
+    return row
+
+
+def as_markdown(report: pl.DataFrame) -> str:
+    """Return the report as a table with a column per source."""
+    sources = report["source"].to_list()
+    lines = ["| | " + " | ".join(sources) + " |", "|---" * (len(sources) + 1) + "|"]
+    for column in report.columns[1:]:
+        values = ["" if v is None else f"{v:.2f}" if isinstance(v, float) else f"{v}" for v in report[column]]
+        lines.append(f"| {column.replace('_', ' ')} | " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
+def plot(report: pl.DataFrame) -> bytes:
+    """Return a PNG: per source the shares of vote rows by what became of them, and of prompts by split."""
+    from matplotlib.figure import Figure
+
+    parts = {
+        "vote rows": ("votes_ok", "unlabelled", "unreadable", "duplicates", "other_rejected"),
+        "prompts": ("prompts_train", "prompts_validation", "prompts_test"),
+    }
+    figure = Figure(figsize=(7, 1.2 + 0.45 * len(report)), layout="constrained")
+    for axis, (title, columns) in zip(figure.subplots(1, 2, sharey=True), parts.items(), strict=True):
+        totals = report.select(pl.sum_horizontal(columns).alias("total"))["total"]
+        left = [0.0] * len(report)
+        for column in columns:
+            share = [100 * n / t if t else 0.0 for n, t in zip(report[column], totals, strict=True)]
+            axis.barh(
+                report["source"].to_list(), share, left=left, label=column.removeprefix("prompts_").replace("_", " ")
+            )
+            left = [a + b for a, b in zip(left, share, strict=True)]
+        axis.set_xlabel(f"% of {title}")
+        axis.invert_yaxis()
+        axis.legend(fontsize=6, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=90)
+    return buffer.getvalue()

@@ -1,0 +1,139 @@
+"""Folders of raw files: a local path or any fsspec URL (`s3://`, `hf://`, ...), listed and read in one way.
+
+Belongs here: finding, naming and reading files. Does not belong here: what stands in them (`sources`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import posixpath
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import IO, Any
+
+import fsspec
+
+_MARKS = (
+    "ETag",
+    "etag",
+    "md5Hash",
+    "blob_id",
+    "sha256",
+    "mtime",
+    "LastModified",
+    "last_modified",
+    "updated",
+    "created",
+)
+"""What filesystems say about a file's content or the time of its change, the surest first."""
+
+
+@dataclass(frozen=True)
+class Stat:
+    """A file's size in bytes and a mark that changes when the file does."""
+
+    size: int
+    mark: str
+
+
+class Folder:
+    """A folder of raw files; names are relative, with '/' whatever the filesystem."""
+
+    def __init__(self, location: str) -> None:
+        self.location = location
+        self.fs, root = fsspec.core.url_to_fs(location)
+        self.root = root.rstrip("/")
+        protocol = self.fs.protocol
+        self.is_local = "file" in ([protocol] if isinstance(protocol, str) else protocol)
+
+    def __repr__(self) -> str:
+        return f"Folder({self.location!r})"
+
+    def path(self, name: str) -> str:
+        """Return the path of a file as the filesystem knows it."""
+        return f"{self.root}/{name}" if name else self.root
+
+    def uri(self, name: str) -> str:
+        """Return the address of a file as `open_uri` and people read it."""
+        return self.path(name) if self.is_local else self.fs.unstrip_protocol(self.path(name))
+
+    def open(self, name: str) -> IO[bytes]:
+        """Open a file for reading bytes."""
+        return open(self.path(name), "rb") if self.is_local else self.fs.open(self.path(name), "rb")
+
+    def files(self, suffixes: tuple[str, ...], depth: int = 3) -> dict[str, Stat]:
+        """Return the files with one of the suffixes in this folder and `depth` levels of folders, sorted by name.
+
+        Raises:
+            OSError: the folder is not there or may not be read.
+        """
+        self.fs.invalidate_cache()
+        if not self.fs.isdir(self.root):
+            raise FileNotFoundError(2, "no such folder", self.location)
+        found: dict[str, Stat] = {}
+        for path, info in self.fs.find(self.root, maxdepth=depth, detail=True).items():
+            name = path[len(self.root) + 1 :]
+            if name.endswith(suffixes) and not any(part.startswith(".") for part in name.split("/")):
+                found[name] = _stat(info)
+        return dict(sorted(found.items()))
+
+    def stat(self, name: str) -> Stat | None:
+        """Return a file's size and mark, or None if there is no such file."""
+        if self.is_local:
+            try:
+                found = os.stat(self.path(name))
+            except (OSError, ValueError):
+                return None
+            return Stat(found.st_size, str(found.st_mtime_ns))
+        try:
+            info = self.fs.info(self.path(name))
+        except (OSError, ValueError):
+            return None
+        return _stat(info) if info.get("type") == "file" else None
+
+    def stats(self, names: Iterable[str]) -> dict[str, Stat | None]:
+        """Return the stats of many files; elsewhere than on a local disk by one listing per folder."""
+        if self.is_local:
+            return {name: self.stat(name) for name in names}
+        names = list(names)
+        listed: dict[str, Any] = {}
+        for folder in sorted({posixpath.dirname(self.path(n)) for n in names}):
+            with contextlib.suppress(OSError):
+                listed |= {info["name"].rstrip("/"): info for info in self.fs.ls(folder, detail=True)}
+        found = {n: listed.get(self.path(n)) for n in names}
+        return {n: _stat(i) if i is not None and i.get("type") == "file" else None for n, i in found.items()}
+
+
+def _stat(info: dict[str, Any]) -> Stat:
+    mark = next((str(info[m]) for m in _MARKS if info.get(m) is not None), "")
+    return Stat(int(info.get("size") or 0), mark)
+
+
+@contextlib.contextmanager
+def open_uri(uri: str) -> Iterator[IO[bytes]]:
+    """Open the file at an address that `Folder.uri` gave."""
+    if "://" not in uri:
+        with open(uri, "rb") as handle:
+            yield handle
+    else:
+        fs, path = fsspec.core.url_to_fs(uri)
+        with fs.open(path, "rb") as handle:
+            yield handle
+
+
+def unsafe_because(name: str) -> str | None:
+    """Return why a relative name from a file's content must not be followed, or None if it may be."""
+    if not name or "\0" in name:
+        return "an empty name" if not name else "a name with a NUL character"
+    if "://" in name:
+        return "an address, not a name in the folder"
+    parts = name.replace("\\", "/").split("/")
+    if name.startswith(("/", "\\")) or (len(parts[0]) == 2 and parts[0][1] == ":"):
+        return "an absolute path"
+    return "a path with '..'" if ".." in parts else None
+
+
+def normal_name(name: str) -> str:
+    """Return a safe relative name without './' and doubled slashes."""
+    return posixpath.normpath(name)

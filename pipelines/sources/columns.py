@@ -1,0 +1,289 @@
+"""Parquet files of rows: read in bounded pieces, columns brought to the types that a layout wants, images taken out.
+
+A value that cannot be read as its column's type costs its row (a problem), a column of a hopeless type costs the file.
+Belongs here: from arrow columns to typed ones. Does not belong here: which columns (the layouts).
+"""
+
+from __future__ import annotations
+
+import binascii
+import posixpath
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelines.config import LimitsConfig
+from pipelines.files import Folder
+from pipelines.sources import IMAGE_SCHEMA, SourceError, shown
+from pipelines.sources.pictures import Pictures
+
+PIECE_BYTES = 16_000_000
+_BUFFER = 1 << 20
+_NULLS = ("", "none", "null", "nan", "nat", "<na>")
+_TRUE, _FALSE = ("true", "1", "1.0", "t", "yes"), ("false", "0", "0.0", "f", "no")
+Types = Mapping[str, pl.DataType | type[pl.DataType]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of one row group. start: number of the first row in the file; row: in the row group."""
+
+    table: pa.Table
+    row_group: int
+    row: int
+    start: int
+
+
+def column_names(folder: Folder, name: str) -> tuple[str, ...]:
+    """Return the columns of a parquet file.
+
+    Raises:
+        SourceError: it is not readable parquet.
+    """
+    try:
+        with folder.open(name) as handle, pq.ParquetFile(handle) as file:
+            return tuple(file.schema_arrow.names)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise _unreadable(folder, name, error) from error
+
+
+def count_rows(folder: Folder, name: str) -> int:
+    """Return how many rows a parquet file says it has."""
+    with folder.open(name) as handle, pq.ParquetFile(handle) as file:
+        return file.metadata.num_rows
+
+
+def _unreadable(folder: Folder, name: str, error: Exception) -> SourceError:
+    return SourceError(f"{folder.uri(name)}: not a readable parquet file ({error}); fetch it again")
+
+
+def read_pieces(folder: Folder, name: str, wanted: tuple[str, ...], required: tuple[str, ...]) -> Iterator[Piece]:
+    """Yield a parquet file's rows in pieces of about 16 MB, the wanted columns that it has.
+
+    Raises:
+        SourceError: it is not readable parquet, lacks a required column, or holds other rows than its footer says.
+    """
+    try:
+        with folder.open(name) as handle, pq.ParquetFile(handle, buffer_size=_BUFFER, pre_buffer=False) as file:
+            names = file.schema_arrow.names
+            if missing := [c for c in required if c not in names]:
+                raise SourceError(
+                    f"{folder.uri(name)}: column {missing[0]!r} is missing (all missing: {missing}); expected "
+                    f"{list(required)}, found {names}"
+                )
+            columns, start = [c for c in wanted if c in names], 0
+            for group in range(file.num_row_groups):
+                facts = file.metadata.row_group(group)
+                rows = max(1, min(1024, PIECE_BYTES * facts.num_rows // max(1, facts.total_byte_size)))
+                row = 0
+                for batch in file.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False):
+                    yield Piece(pa.Table.from_batches([batch]), group, row, start + row)
+                    row += batch.num_rows
+                if row != facts.num_rows:
+                    raise SourceError(
+                        f"{folder.uri(name)}: row group {group} holds {row} rows, its footer says {facts.num_rows}"
+                    )
+                start += row
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, SourceError):
+            raise
+        raise _unreadable(folder, name, error) from error
+
+
+def typed(piece: pa.Table, types: Types, file: str) -> tuple[pl.DataFrame, pl.Series]:
+    """Return the columns in these types (absent ones as nulls), and per row why a value could not be read, else null.
+
+    Numbers, booleans and times may be stored as text ("1.0", "True", "None").
+
+    Raises:
+        SourceError: a column is of a type from which its own cannot be had; names file, column, expected, found.
+    """
+    columns, problems = {}, []
+    for name, dtype in types.items():
+        if name not in piece.column_names:
+            columns[name] = pl.Series(name, [None] * len(piece), dtype)
+            continue
+        array = piece[name].combine_chunks()
+        if pa.types.is_dictionary(array.type):
+            array = array.dictionary_decode()
+        column, problem = _cast(name, array, dtype, file)
+        columns[name] = column
+        if problem is not None:
+            problems.append(problem)
+    none = pl.Series("problem", [None] * len(piece), pl.String)
+    merged = pl.select(pl.coalesce(*problems, none)).to_series() if problems else none
+    return pl.DataFrame(columns), merged.alias("problem")
+
+
+def _cast(
+    name: str, array: pa.Array, dtype: pl.DataType | type[pl.DataType], file: str
+) -> tuple[pl.Series, pl.Series | None]:
+    wrong = f"{file}: column {name!r}: expected {dtype}, found {array.type}, which cannot be read as such"
+    if pa.types.is_nested(array.type) or pa.types.is_binary(array.type) or pa.types.is_large_binary(array.type):
+        raise SourceError(wrong)
+    invalid = None
+    if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
+        array, invalid = _valid_text(array, name)
+    try:
+        series = pl.Series(name, pl.from_arrow(array))
+        if dtype == pl.String:
+            # An id that was stored as 12.0 is 12.
+            if series.dtype.is_float() and (series.drop_nulls() % 1 == 0).all():
+                series = series.cast(pl.Int64)
+            return series.cast(pl.String), invalid
+        if series.dtype == pl.String:
+            text = series.str.strip_chars()
+            text = text.set(text.str.to_lowercase().is_in(_NULLS), None)
+            read = _parse(text, dtype)
+            failed = read.is_null() & text.is_not_null()
+            if failed.any():
+                shown_values = pl.Series(
+                    [shown(v) if f else None for v, f in zip(text, failed, strict=True)], dtype=pl.String
+                )
+                why = pl.lit(f"column {name!r}: expected {_words(dtype)}, found ") + shown_values
+                invalid = pl.select(
+                    pl.coalesce(invalid if invalid is not None else pl.lit(None, pl.String), why)
+                ).to_series()
+            return read.alias(name), invalid
+        if series.dtype.is_temporal() != _is_time(dtype) and not series.dtype == pl.Null:
+            raise SourceError(wrong)
+        if isinstance(series.dtype, pl.Datetime) and series.dtype.time_zone is not None:
+            series = series.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
+        return series.cast(dtype), invalid
+    except pl.exceptions.PolarsError as error:
+        raise SourceError(f"{wrong} ({error})") from error
+
+
+def _is_time(dtype: pl.DataType | type[pl.DataType]) -> bool:
+    return dtype == pl.Datetime or isinstance(dtype, pl.Datetime)
+
+
+def _words(dtype: pl.DataType | type[pl.DataType]) -> str:
+    return "true or false" if dtype == pl.Boolean else "a time" if _is_time(dtype) else "a number"
+
+
+def _parse(text: pl.Series, dtype: pl.DataType | type[pl.DataType]) -> pl.Series:
+    if dtype == pl.Boolean:
+        low = text.str.to_lowercase()
+        return pl.select(pl.when(low.is_in(_TRUE)).then(True).when(low.is_in(_FALSE)).then(False)).to_series()
+    if _is_time(dtype):
+        values = [text.str.to_datetime(f, time_unit="us", strict=False) for f in _TIME_FORMATS]
+        return pl.select(pl.coalesce(*values)).to_series()
+    return text.cast(pl.Float64, strict=False).cast(dtype, strict=False)
+
+
+_TIME_FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.fZ", "%Y-%m-%d")
+
+
+def _valid_text(array: pa.Array, name: str) -> tuple[pa.Array, pl.Series | None]:
+    """Return a text column with every value valid UTF-8, and which rows were not (parquet does not check)."""
+    try:
+        array.validate(full=True)
+        return array, None
+    except pa.ArrowInvalid:
+        values: list[str | None] = []
+        problems: list[str | None] = []
+        for raw in array.cast(pa.large_binary() if pa.types.is_large_string(array.type) else pa.binary()).to_pylist():
+            try:
+                values.append(None if raw is None else raw.decode())
+                problems.append(None)
+            except UnicodeDecodeError:
+                values.append(raw.decode(errors="replace"))
+                problems.append(f"column {name!r}: not valid UTF-8: {shown(raw)}")
+        return pa.array(values, pa.large_string()), pl.Series(problems, dtype=pl.String)
+
+
+def images_of(
+    piece: Piece, columns: Mapping[str, str | None], file: str, pictures: Pictures | None, limits: LimitsConfig
+) -> pa.Table:
+    """Return the images (IMAGE_SCHEMA) of the columns {column: column of uids}, keys '<row of the file>:<column>'.
+
+    A column holds bytes, datasets' image structs {bytes, path}, or text: base64 where `pictures` is None, else a path
+    in `pictures`, which is the image's uid too (a plain id is a path without a file).
+
+    Raises:
+        SourceError: a column is of another type.
+    """
+    parts = [_image_column(piece, column, uids, file, pictures, limits) for column, uids in columns.items()]
+    return pa.concat_tables(parts)
+
+
+def _image_column(
+    piece: Piece, column: str, uids: str | None, file: str, pictures: Pictures | None, limits: LimitsConfig
+) -> pa.Table:
+    table, rows = piece.table, len(piece.table)
+    keys = [f"{piece.start + i}:{column}" for i in range(rows)]
+    none = pa.nulls(rows, pa.string())
+    uid = none
+    if uids is not None and uids in table.column_names:
+        uid = typed(table.select([uids]), {uids: pl.String}, file)[0][uids].to_arrow().cast(pa.string())
+    found = table[column].combine_chunks() if column in table.column_names else pa.nulls(rows, pa.binary())
+    status, reason = none, none
+    if pa.types.is_struct(found.type) and found.type.get_field_index("bytes") >= 0:
+        paths = pc.struct_field(found, "path") if found.type.get_field_index("path") >= 0 else none
+        found = pc.struct_field(found, "bytes")
+        uid = pc.coalesce(uid, paths.cast(pa.string()))
+    if pa.types.is_null(found.type):
+        found = found.cast(pa.binary())
+    if pa.types.is_integer(found.type):
+        found = found.cast(pa.string())
+    if pa.types.is_string(found.type) or pa.types.is_large_string(found.type):
+        if pictures is not None:
+            return _named(found, keys, pictures, uid)
+        decoded = [_from_base64(v) for v in _valid_text(found, column)[0].to_pylist()]
+        found = pa.array([d for d, _ in decoded], pa.large_binary())
+        reason = pa.array([w if w is None else f"column {column!r}: {w}" for _, w in decoded], pa.string())
+        status = pc.if_else(pc.is_valid(reason), pa.scalar("unreadable"), pa.scalar(None, pa.string()))
+    if not (pa.types.is_binary(found.type) or pa.types.is_large_binary(found.type)):
+        expected = "bytes, an image struct {bytes, path} or text"
+        raise SourceError(f"{file}: column {column!r}: expected {expected}, found {found.type}")
+    size = pc.binary_length(found)
+    too_large = pc.fill_null(pc.greater(size, limits.max_image_bytes), False)
+    if pc.any(too_large).as_py():
+        limit = f" bytes, limit limits.max_image_bytes = {limits.max_image_bytes}"
+        why = pc.binary_join_element_wise(size.cast(pa.string()), limit, "")
+        status, reason = pc.if_else(too_large, "too_large", status), pc.if_else(too_large, why, reason)
+        found = pc.if_else(too_large, pa.scalar(None, found.type), found)
+    values = {
+        "image_key": pa.array(keys, pa.string()),
+        "bytes": found.cast(pa.large_binary()),
+        "uid": uid,
+        "status": status,
+        "reason": reason,
+        "uri": pa.array([file] * rows, pa.string()),
+        "row_group": pa.array([piece.row_group] * rows, pa.int32()),
+        "row": pa.array(range(piece.row, piece.row + rows), pa.int64()),
+        "column": pa.array([column] * rows, pa.string()),
+        "offset": pa.nulls(rows, pa.int64()),
+        "length": pa.nulls(rows, pa.int64()),
+    }
+    return pa.Table.from_pydict(values, schema=IMAGE_SCHEMA)
+
+
+def _named(found: pa.Array, keys: list[str], pictures: Pictures, uid: pa.Array) -> pa.Table:
+    names = _valid_text(found, "image")[0].to_pylist()
+    read = {row["image_key"]: row for row in pictures.read(n for n in names if n is not None)}
+    rows = []
+    for key, name, own in zip(keys, names, uid.to_pylist(), strict=True):
+        row = dict(read[name]) if name is not None else dict.fromkeys(IMAGE_SCHEMA.names)
+        rows.append({**row, "image_key": key, "uid": own or name})
+    columns = [pa.array([r[f.name] for r in rows], f.type) for f in IMAGE_SCHEMA]
+    return pa.Table.from_arrays(columns, schema=IMAGE_SCHEMA)
+
+
+def _from_base64(value: str | None) -> tuple[bytes | None, str | None]:
+    if value is None or value.strip().lower() in _NULLS:
+        return None, None
+    try:
+        return binascii.a2b_base64(value, strict_mode=True), None
+    except (binascii.Error, ValueError) as error:
+        return None, f"expected bytes or base64, found text {shown(value)} ({error})"
+
+
+def file_folder(name: str) -> str:
+    """Return the folder of a file of the source, '' for the source's own."""
+    return posixpath.dirname(name)

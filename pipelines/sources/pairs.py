@@ -1,0 +1,113 @@
+"""Your own pairs: parquet with the columns below, any file names, any folders.
+
+    prompt      text
+    image_0     displayed first: bytes, an image struct {bytes, path}, a path below the file's folder, or your id of it
+    image_1     displayed second
+    label_0     preference for image_0: 1, 0.5 (tie) or 0; null: no label
+    annotator, created_at, split (train, validation, test), group, count, model_0, model_1, image_0_uid, image_1_uid: optional
+
+An id is a path without a file: the image has no bytes, takes votes and imported scores, and is never trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import polars as pl
+import pyarrow as pa
+
+from pipelines import identity
+from pipelines.config import LimitsConfig, SourceConfig
+from pipelines.files import Folder, unsafe_because
+from pipelines.sources import VOTE_SCHEMA, RawChunk, Sample, Shard, columns, split_of
+from pipelines.sources.pickapic import list_parquet
+from pipelines.sources.pictures import Pictures
+
+TYPES: dict[str, pl.DataType | type[pl.DataType]] = {
+    "prompt": pl.String,
+    "label_0": pl.Float64,
+    "annotator": pl.String,
+    "created_at": pl.Datetime("us"),
+    "split": pl.String,
+    "group": pl.String,
+    "count": pl.Int64,
+    "model_0": pl.String,
+    "model_1": pl.String,
+}
+IMAGES = {"image_0": "image_0_uid", "image_1": "image_1_uid"}
+REQUIRED = ("prompt", *IMAGES, "label_0")
+EXPECTED = f"pairs: parquet with columns {list(REQUIRED)} and, where known, {[c for c in TYPES if c not in REQUIRED]}"
+_SPLITS = ("train", "validation", "test")
+
+
+def recognises(sample: Sample) -> bool:
+    """Return whether a parquet file has the layout's columns."""
+    return sample.kind == "parquet" and set(REQUIRED) <= set(sample.names)
+
+
+def list_shards(source: SourceConfig) -> list[Shard]:
+    """Return one shard per parquet file.
+
+    Raises:
+        SourceError: there is none.
+    """
+    return list_parquet(source, EXPECTED)
+
+
+def fingerprint(source: SourceConfig, shard: Shard) -> str:
+    """Return what changes when the file changes, or an image file that it names comes, goes or changes."""
+    folder = Folder(source.location)
+    names: set[str] = set()
+    for piece in columns.read_pieces(folder, shard.file, tuple(IMAGES), tuple(IMAGES)):
+        for column in IMAGES:
+            values = piece.table[column]
+            if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+                text = columns.typed(piece.table.select([column]), {column: pl.String}, shard.file)[0]
+                names |= {n for n in text[column].unique() if n is not None and not unsafe_because(n)}
+    if not names:
+        return shard.fingerprint
+    return identity.fingerprint(shard=shard.fingerprint, images=_pictures(folder, shard, LimitsConfig()).stats(names))
+
+
+def _pictures(folder: Folder, shard: Shard, limits: LimitsConfig) -> Pictures:
+    return Pictures(folder, columns.file_folder(shard.file), None, limits)
+
+
+def read_shard(source: SourceConfig, shard: Shard, limits: LimitsConfig) -> Iterator[RawChunk]:
+    """Yield the file's rows in pieces.
+
+    Raises:
+        SourceError: the file is not readable parquet, or lacks a column or has it in an unusable type.
+    """
+    folder = Folder(source.location)
+    file, split = folder.uri(shard.file), split_of(shard.file, source.split)
+    pictures = _pictures(folder, shard, limits)
+    for piece in columns.read_pieces(folder, shard.file, (*TYPES, *IMAGES, *IMAGES.values()), REQUIRED):
+        frame, problem = columns.typed(piece.table, TYPES, file)
+        images = columns.images_of(piece, IMAGES, file, pictures, limits)
+        is_odd = pl.col("split").is_not_null() & ~pl.col("split").is_in(_SPLITS)
+        why = pl.concat_str(pl.lit(f"column 'split': expected one of {list(_SPLITS)}, found "), "split")
+        frame = frame.with_columns(problem).with_row_index("row", offset=piece.start)
+        row = pl.col("row").cast(pl.String)
+        votes = frame.select(
+            source_row=pl.lit(f"{shard.file}:") + row,
+            rater=pl.lit(0),
+            prompt="prompt",
+            first_key=row + ":image_0",
+            second_key=row + ":image_1",
+            is_display_order=pl.lit(True),
+            label_first="label_0",
+            label_second=1 - pl.col("label_0"),
+            is_labelled=pl.col("label_0").is_not_null(),
+            count=pl.col("count") if "count" in piece.table.column_names else pl.lit(1),
+            source_label_first=pl.lit(None),
+            source_confidence=pl.lit(None),
+            annotator="annotator",
+            group="group",
+            model_first="model_0",
+            model_second="model_1",
+            created_at="created_at",
+            split=pl.when(~is_odd).then("split").fill_null(pl.lit(split, pl.String)),
+            problem=pl.coalesce("problem", pl.when(is_odd).then(why)),
+        )
+        yield RawChunk(images, votes.cast(pl.Schema(VOTE_SCHEMA)), len(frame))

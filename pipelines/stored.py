@@ -1,0 +1,114 @@
+"""The images of an ingested shard, with their bytes: from the store, or from where the source holds them.
+
+Bytes that are referred to are compared with the sha256 of ingestion, so that a source which changed gives a status, never
+another picture under an old id. Belongs here: from rows of `images` to bytes. Does not belong here: decoding (`images`).
+"""
+
+from __future__ import annotations
+
+import binascii
+import hashlib
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines import schemas
+from pipelines.files import open_uri
+from pipelines.tables import Store
+
+_PLACE = ["uri", "row_group", "row", "column", "offset", "length"]
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """One image: `data` is None unless status is ok (schemas.SCORE_STATUSES)."""
+
+    image_id: str
+    data: bytes | None
+    status: str
+    reason: str | None
+
+
+def read_images(store: Store, shard_key: str, wanted: Collection[str], batch: int) -> Iterator[list[StoredImage]]:
+    """Yield the wanted images of a shard in lists of at most `batch`.
+
+    Raises:
+        tables.StoreError: the shard is not ingested.
+    """
+    part: list[StoredImage] = []
+    for image in _images(store, shard_key, wanted, batch):
+        part.append(image)
+        if len(part) == batch:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+def _images(store: Store, shard_key: str, wanted: Collection[str], batch: int) -> Iterator[StoredImage]:
+    columns = ["image_id", "sha256", "bytes", "status", "reason", *_PLACE]
+    referred: list[pl.DataFrame] = []
+    with store.open_parquet(schemas.IMAGES, shard_key) as file:
+        for piece in file.iter_batches(batch, columns=columns):
+            frame = pl.DataFrame(pl.from_arrow(piece)).filter(pl.col("image_id").is_in(list(wanted)))
+            is_elsewhere = (pl.col("status") == "ok") & pl.col("bytes").is_null()
+            for image_id, data, status, reason in (
+                frame.filter(~is_elsewhere).select(columns[0], *columns[2:5]).iter_rows()
+            ):
+                yield StoredImage(image_id, data if status == "ok" else None, status, reason)
+            referred.append(frame.filter(is_elsewhere).drop("bytes"))
+    for (uri,), rows in pl.concat(referred).group_by("uri", maintain_order=True) if referred else ():
+        digests = dict(rows.select("image_id", "sha256").iter_rows())
+        for image_id, data, problem in _read(str(uri), rows):
+            if data is None:
+                yield StoredImage(image_id, None, "missing", f"{uri}: {problem}")
+            elif hashlib.sha256(data).hexdigest() != digests[image_id]:
+                why = f"{uri}: the bytes are not those that were ingested; ingest shard {shard_key} again"
+                yield StoredImage(image_id, None, "changed", why)
+            else:
+                yield StoredImage(image_id, data, "ok", None)
+
+
+def _read(uri: str, rows: pl.DataFrame) -> Iterator[tuple[str, bytes | None, str | None]]:
+    left = rows["image_id"].to_list()
+    done: set[str] = set()
+    try:
+        for image_id, data in _cells(uri, rows) if rows["column"].null_count() == 0 else _ranges(uri, rows):
+            done.add(image_id)
+            yield image_id, data, None
+        problem = "the row is not there any more"
+    except (OSError, ValueError, pa.ArrowException) as error:
+        problem = str(getattr(error, "strerror", None) or error)
+    yield from ((image_id, None, problem) for image_id in left if image_id not in done)
+
+
+def _ranges(uri: str, rows: pl.DataFrame) -> Iterator[tuple[str, bytes]]:
+    with open_uri(uri) as handle:
+        for image_id, offset, length in rows.select("image_id", "offset", "length").iter_rows():
+            handle.seek(offset or 0)
+            yield image_id, handle.read() if length is None else handle.read(length)
+
+
+def _cells(uri: str, rows: pl.DataFrame) -> Iterator[tuple[str, bytes]]:
+    with open_uri(uri) as handle, pq.ParquetFile(handle, buffer_size=1 << 20, pre_buffer=False) as file:
+        for (group,), part in rows.group_by("row_group", maintain_order=True):
+            places = {(row, column): i for i, row, column in part.select("image_id", "row", "column").iter_rows()}
+            columns, start = part["column"].unique().to_list(), 0
+            facts = file.metadata.row_group(group)
+            size = max(1, 16_000_000 * facts.num_rows // max(1, facts.total_byte_size))
+            for piece in file.iter_batches(size, row_groups=[group], columns=columns):
+                for column in columns:
+                    values = piece.column(column)
+                    for i in range(len(values)):
+                        if (start + i, column) in places and values[i].is_valid:
+                            yield places[start + i, column], _bytes_of(values[i].as_py())
+                start += len(piece)
+
+
+def _bytes_of(value: object) -> bytes:
+    if isinstance(value, dict):
+        value = value["bytes"]
+    return binascii.a2b_base64(value) if isinstance(value, str) else bytes(value)  # type: ignore[call-overload]
