@@ -19,7 +19,7 @@ def score_key(scorer: str) -> dg.AssetKey:
 
 def build_scores(config: Config) -> dg.AssetsDefinition:
     """Return the multi-asset of the configured scorers."""
-    from pipelines.scoring import batches
+    from pipelines.scoring import batches, devices
 
     specs = [
         dg.AssetSpec(
@@ -38,11 +38,9 @@ def build_scores(config: Config) -> dg.AssetsDefinition:
         name="scores", specs=specs, can_subset=True, partitions_def=SHARDS, backfill_policy=EVERY_SHARD, pool="gpu"
     )
     def scores(context: dg.AssetExecutionContext, polyphony: Polyphony) -> Iterator[dg.MaterializeResult]:
-        from trainers.loop import resolve_device
-
         present, store = polyphony.config, polyphony.store
         selected = [s for s in present.scorers if score_key(s.name) in context.selected_asset_keys]
-        device = resolve_device(present.training.device)
+        device = devices.resolve_device(present.scoring.device)
         models: dict = {}
         done: dict[str, list] = {s.name: [] for s in selected}
         keys = context.partition_keys

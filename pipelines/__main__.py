@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("table", nargs="?", help="table to show, or SQL")
     parser.add_argument("--rows", type=int, default=10, help="rows to show")
     parser.add_argument("--config", help="TOML file; default: $POLYPHONY_CONFIG, else the small world")
-    parser.add_argument("--device", default="cpu", help="device of the reward models")
+    parser.add_argument("--device", help="device of the reward models; default: scoring.device")
     options = parser.parse_args(arguments)
     config = configuration.load(options.config)
     store = Store(config.store_location)
@@ -77,12 +77,13 @@ def main(arguments: list[str] | None = None) -> int:
         layouts = {name: how.source.layout for name, how in plans.items()}
         _tell("accounting", accounting.build(store, shards, layouts))
     if "score" in wanted:
-        from pipelines.scoring import batches
+        from pipelines.scoring import batches, devices
 
+        device = devices.resolve_device(options.device or config.scoring.device)
         models: dict = {}
         for key in keys:
             for name, built in batches.score_shard(
-                store, key, list(config.scorers), device=options.device, models=models
+                store, key, list(config.scorers), device=device, models=models
             ).items():
                 _tell(f"scores {name} {key}", built)
         batches.activate(store, config, keys)

@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import fsspec
+import fsspec.config
 import pydantic
 
 from pipelines.world.raw import WorldConfig
@@ -92,6 +94,22 @@ class BackboneConfig(_Model):
     resolution: int = pydantic.Field(512, ge=8, description="pixels, square")
 
 
+class PromptSuiteConfig(_Model):
+    """A file of prompts to evaluate on."""
+
+    name: str = pydantic.Field(pattern=r"^[a-z0-9_.-]+$", description="name for evaluation.suite")
+    file: str = pydantic.Field(
+        description=".txt (one per line), .csv, .tsv, .json or .parquet: a path or an fsspec URL"
+    )
+    column: str = pydantic.Field("prompt", description="column or field that holds the prompt")
+
+
+class ScoringConfig(_Model):
+    """How reward models run."""
+
+    device: str = pydantic.Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+
+
 class LabelsConfig(_Model):
     """Choices about labels."""
 
@@ -116,7 +134,8 @@ class TrainingConfig(_Model):
 class EvaluationConfig(_Model):
     """How models are sampled and compared."""
 
-    prompts: int = pydantic.Field(120, ge=2, description="held-out prompts, the first by id")
+    suite: str = pydantic.Field("", description="prompt suite to sample; empty: the store's held-out prompts")
+    prompts: int = pydantic.Field(120, ge=2, description="prompts: the first held-out ones by id, or of the suite")
     seeds: int = pydantic.Field(4, ge=1, description="samples per prompt")
     steps: int = pydantic.Field(20, ge=1, description="DDIM steps")
     guidance: float = pydantic.Field(3.0, ge=1.0, description="classifier-free guidance scale")
@@ -133,6 +152,12 @@ class Config(_Model):
     )
     sources: tuple[SourceConfig, ...] = pydantic.Field(min_length=1)
     scorers: tuple[ScorerConfig, ...] = pydantic.Field(min_length=1)
+    prompt_suites: tuple[PromptSuiteConfig, ...] = ()
+    filesystems: dict[str, dict[str, Any]] = pydantic.Field(
+        default_factory=dict,
+        description="fsspec options by protocol, e.g. [filesystems.s3] endpoint_url; credentials belong in the environment",
+    )
+    scoring: ScoringConfig = ScoringConfig()
     backbone: BackboneConfig
     images: ImagesConfig = ImagesConfig()
     limits: LimitsConfig = LimitsConfig()
@@ -143,13 +168,18 @@ class Config(_Model):
 
     @pydantic.model_validator(mode="after")
     def _names_are_unique(self) -> Config:
-        for what, names in (("sources", [s.name for s in self.sources]), ("scorers", [s.name for s in self.scorers])):
+        for what in ("sources", "scorers", "prompt_suites"):
+            names = [part.name for part in getattr(self, what)]
             if len(set(names)) < len(names):
                 raise ValueError(f"{what}: names repeat: {names}")
         if reserved := {s.name for s in self.scorers} & {"ensemble", "fidelity"}:
             raise ValueError(f"scorers: the names {sorted(reserved)} are taken by columns of our own; choose others")
         if self.labels.tie_policy == "tie_breaker" and self.labels.tie_breaker not in {s.name for s in self.scorers}:
             raise ValueError(f"labels.tie_breaker: {self.labels.tie_breaker!r} is none of the scorers")
+        if self.evaluation.suite and self.evaluation.suite not in {s.name for s in self.prompt_suites}:
+            raise ValueError(f"evaluation.suite: {self.evaluation.suite!r} is none of the prompt_suites")
+        if self.splits.validation + self.splits.test > 1:
+            raise ValueError("splits: the shares of validation and test add up to more than 1")
         return self
 
     @property
@@ -166,6 +196,10 @@ class Config(_Model):
     def world_folder(self) -> Path:
         """Return where the small world's raw files lie."""
         return Path(self.home) / "world"
+
+    def suite(self) -> PromptSuiteConfig | None:
+        """Return the prompt suite of the evaluation, or None for the held-out prompts."""
+        return next((s for s in self.prompt_suites if s.name == self.evaluation.suite), None)
 
     def source(self, name: str) -> SourceConfig:
         """Return the source of that name."""
@@ -215,10 +249,14 @@ def load(path: str | Path | None = None) -> Config:
         raise ConfigError(f"{chosen}: not valid TOML: {error}") from error
     options.setdefault("home", str(default_home()))
     try:
-        return Config.model_validate(options)
+        config = Config.model_validate(options)
     except pydantic.ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(str(p) for p in e['loc']) or 'file'}: {e['msg']} (found {e.get('input')!r})"
             for e in error.errors()
         )
         raise ConfigError(f"{chosen}: {problems}") from error
+    # Whoever opens a URL from here on, in whatever library, uses these options.
+    for protocol, given in config.filesystems.items():
+        fsspec.config.conf[protocol] = {**fsspec.config.conf.get(protocol, {}), **given}
+    return config

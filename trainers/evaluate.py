@@ -51,7 +51,8 @@ def evaluate(store: Store, config: Config, model: str, device: str, progress: Pr
                 scores.append(loaded.score(prepared, prompts[part]))
             columns[scorer.name] = np.concatenate(scores)
             progress(f"evaluation of {model}: {scorer.name}")
-        if config.world is not None:
+        # Tastes know the small world's grammar only.
+        if config.world is not None and config.suite() is None:
             from pipelines.world import judges
 
             columns |= judges.judge(np.stack([np.asarray(p) for p in pictures]), prompts)

@@ -49,13 +49,6 @@ def objective(rule: Objective, batch: losses.PairBatch) -> torch.Tensor:
             return losses.diffusion_dpo(batch, beta=rule.beta)
 
 
-def resolve_device(name: str) -> str:
-    """Return the device to use: 'auto' is CUDA where there is one, else the CPU."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 class Run:
     """One recipe on one store: its identity, folder and files."""
 

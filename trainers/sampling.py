@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from pipelines import identity, schemas
+from pipelines import prompts as prompts_of
 from pipelines.config import Config
 from pipelines.tables import Built, Manifest, Store, StoreError
 from trainers import randomness
@@ -26,12 +27,17 @@ SAMPLE_BATCH = 64
 Progress = Callable[[str], None]
 
 
-def evaluation_prompts(store: Store, count: int) -> pl.DataFrame:
-    """Return prompt_id, prompt of the first `count` held-out (test, then validation) prompts by id.
+def evaluation_prompts(store: Store, config: Config) -> pl.DataFrame:
+    """Return prompt_id, prompt of the first prompts of the suite, else of the held-out (test, then validation) ones by id.
 
     Raises:
         StoreError: the store has no held-out prompt.
+        prompts.PromptSuiteError: the suite cannot be read.
     """
+    count, suite = config.evaluation.prompts, config.suite()
+    if suite is not None:
+        texts = prompts_of.read_suite(suite)[:count]
+        return pl.DataFrame({"prompt_id": [identity.prompt_id(t) for t in texts], "prompt": texts})
     store.require("catalogue_prompts")
     frame = (
         store.scan(schemas.CATALOGUE_PROMPTS)
@@ -67,7 +73,7 @@ def sample(
         loaded = backbone.model
         unet = loaded.unet if unet_folder is None else loaded.load_unet(unet_folder)
         pipeline = loaded.pipeline(unet)
-        prompts = evaluation_prompts(store, options.prompts)
+        prompts = evaluation_prompts(store, config)
         jobs = [(key, text, seed) for key, text in prompts.rows() for seed in range(options.seeds)]
         side = config.backbone.resolution // loaded.vae_factor
         shape = (loaded.unet.config.in_channels, side, side)
@@ -94,6 +100,7 @@ def sample(
                 }
             )
 
+    suite = config.suite()
     weights = trained.fingerprint if trained is not None else backbone.digest
     return store.build(
         schemas.SAMPLES,
@@ -103,6 +110,7 @@ def sample(
         parameters={
             "model": weights,
             "backbone": backbone.digest,
+            "suite": None if suite is None else identity.fingerprint(prompts=prompts_of.read_suite(suite)),
             "device": torch.device(backbone.device).type,
             **options.model_dump(include={"prompts", "seeds", "steps", "guidance"}),
         },

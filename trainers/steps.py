@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from pipelines import ingest
 from pipelines.config import Config
+from pipelines.scoring import devices
 from pipelines.tables import Built, Store
 from trainers import caches, evaluate, loop, sampling
 from trainers.recipes import recipe as recipe_of
@@ -21,7 +22,7 @@ class Training:
 
     def __init__(self, store: Store, config: Config, progress: Progress = print) -> None:
         self.store, self.config, self.progress = store, config, progress
-        self.device = loop.resolve_device(config.training.device)
+        self.device = devices.resolve_device(config.training.device)
         self.backbone = caches.Backbone(config.backbone, self.device)
 
     def shard_keys(self) -> list[str]:

@@ -49,7 +49,7 @@ PICKAPIC_SCHEMA = pa.schema(
         ("__index_level_0__", pa.int64()),
     ]
 )
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 """Of the grammar, the renderer and the files: another one makes another world from the same parameters."""
 FIRST_VOTE_AT = dt.datetime(2023, 2, 1, tzinfo=dt.UTC)
 
