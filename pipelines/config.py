@@ -125,6 +125,7 @@ class TrainingConfig(_Model):
     recipes: tuple[str, ...] = pydantic.Field(
         ("diffusion_dpo", "balanced_dpo"), description="recipes of trainers/recipes.py"
     )
+    backbone: str = pydantic.Field("", description="backbone that is trained; empty: the first")
     device: str = pydantic.Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     seed: int = pydantic.Field(0, description="seed of order, timesteps and noise")
     steps: int | None = pydantic.Field(None, ge=1, description="optimiser steps; the recipe's own if absent")
@@ -158,7 +159,7 @@ class Config(_Model):
         description="fsspec options by protocol, e.g. [filesystems.s3] endpoint_url; credentials belong in the environment",
     )
     scoring: ScoringConfig = ScoringConfig()
-    backbone: BackboneConfig
+    backbones: tuple[BackboneConfig, ...] = pydantic.Field(min_length=1)
     images: ImagesConfig = ImagesConfig()
     limits: LimitsConfig = LimitsConfig()
     splits: SplitsConfig = SplitsConfig()
@@ -168,7 +169,7 @@ class Config(_Model):
 
     @pydantic.model_validator(mode="after")
     def _names_are_unique(self) -> Config:
-        for what in ("sources", "scorers", "prompt_suites"):
+        for what in ("sources", "scorers", "backbones", "prompt_suites"):
             names = [part.name for part in getattr(self, what)]
             if len(set(names)) < len(names):
                 raise ValueError(f"{what}: names repeat: {names}")
@@ -176,6 +177,8 @@ class Config(_Model):
             raise ValueError(f"scorers: the names {sorted(reserved)} are taken by columns of our own; choose others")
         if self.labels.tie_policy == "tie_breaker" and self.labels.tie_breaker not in {s.name for s in self.scorers}:
             raise ValueError(f"labels.tie_breaker: {self.labels.tie_breaker!r} is none of the scorers")
+        if self.training.backbone and self.training.backbone not in {b.name for b in self.backbones}:
+            raise ValueError(f"training.backbone: {self.training.backbone!r} is none of the backbones")
         if self.evaluation.suite and self.evaluation.suite not in {s.name for s in self.prompt_suites}:
             raise ValueError(f"evaluation.suite: {self.evaluation.suite!r} is none of the prompt_suites")
         if self.splits.validation + self.splits.test > 1:
@@ -196,6 +199,12 @@ class Config(_Model):
     def world_folder(self) -> Path:
         """Return where the small world's raw files lie."""
         return Path(self.home) / "world"
+
+    @property
+    def backbone(self) -> BackboneConfig:
+        """Return the backbone that is trained."""
+        name = self.training.backbone or self.backbones[0].name
+        return next(b for b in self.backbones if b.name == name)
 
     def suite(self) -> PromptSuiteConfig | None:
         """Return the prompt suite of the evaluation, or None for the held-out prompts."""
@@ -226,7 +235,7 @@ def small_world(home: Path | None = None, world: WorldConfig | None = None) -> C
             ScorerConfig(name="pickscore", kind="pickscore", checkpoint=str(WEIGHTS / "tiny-pickscore")),
             ScorerConfig(name="clip", kind="clip", checkpoint=str(WEIGHTS / "tiny-clip")),
         ),
-        backbone=BackboneConfig(name="tiny", family="tiny", checkpoint=str(WEIGHTS / "tiny-sd"), resolution=32),
+        backbones=(BackboneConfig(name="tiny", family="tiny", checkpoint=str(WEIGHTS / "tiny-sd"), resolution=32),),
     )
 
 

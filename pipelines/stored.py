@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from pipelines import schemas
 from pipelines.files import open_uri
+from pipelines.sources.columns import piece_rows
 from pipelines.tables import Store
 
 _PLACE = ["uri", "row_group", "row", "column", "offset", "length"]
@@ -94,17 +95,14 @@ def _ranges(uri: str, rows: pl.DataFrame) -> Iterator[tuple[str, bytes]]:
 
 def _cells(uri: str, rows: pl.DataFrame) -> Iterator[tuple[str, bytes]]:
     with open_uri(uri) as handle, pq.ParquetFile(handle, buffer_size=1 << 20, pre_buffer=False) as file:
-        for (group,), part in rows.group_by("row_group", maintain_order=True):
-            places = {(row, column): i for i, row, column in part.select("image_id", "row", "column").iter_rows()}
-            columns, start = part["column"].unique().to_list(), 0
-            facts = file.metadata.row_group(group)
-            size = max(1, 16_000_000 * facts.num_rows // max(1, facts.total_byte_size))
-            for piece in file.iter_batches(size, row_groups=[group], columns=columns):
-                for column in columns:
-                    values = piece.column(column)
-                    for i in range(len(values)):
-                        if (start + i, column) in places and values[i].is_valid:
-                            yield places[start + i, column], _bytes_of(values[i].as_py())
+        # One column at a time: see sources.columns.read_pieces.
+        for (group, column), part in rows.group_by("row_group", "column", maintain_order=True):
+            places = dict(part.select("row", "image_id").iter_rows())
+            size, start = piece_rows(file.metadata.row_group(group), [str(column)]), 0
+            for piece in file.iter_batches(size, row_groups=[group], columns=[column], use_threads=False):
+                for i, value in enumerate(piece.column(0), start):
+                    if i in places and value.is_valid:
+                        yield places[i], _bytes_of(value.as_py())
                 start += len(piece)
 
 

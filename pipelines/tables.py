@@ -16,7 +16,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,6 +33,8 @@ from pipelines import schemas
 from pipelines.identity import fingerprint
 
 STAGED_SECONDS = 86_400
+_REQUESTS = 16
+"""Small files read at once from an object store."""
 WHOLE = "all"
 """Partition of a table that is not cut."""
 
@@ -94,7 +96,8 @@ class Store:
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Return a JSON file of the store, or None if it is not there."""
         try:
-            return json.loads(self._fs.cat_file(f"{self._root}/{name}"))
+            # From its first byte: s3fs then asks once, not for the size before.
+            return json.loads(self._fs.cat_file(f"{self._root}/{name}", start=0))
         except FileNotFoundError:
             return None
 
@@ -103,12 +106,19 @@ class Store:
         return self._fs.cat_file(f"{self._root}/{name}").decode()
 
     def publish(self, name: str, content: bytes | Path) -> None:
-        """Make one file visible at once: fsync and rename on a local disk, one completed upload elsewhere."""
+        """Make one file visible at once: fsync and rename on a local disk, one completed upload elsewhere.
+
+        Raises:
+            StoreError: an upload failed, for whatever reason its service gives. Nothing of it becomes visible.
+        """
         target = f"{self._root}/{name}"
         if not self.is_local:
-            self._fs.pipe_file(target, content) if isinstance(content, bytes) else self._fs.put_file(
-                str(content), target
-            )
+            try:
+                self._fs.pipe_file(target, content) if isinstance(content, bytes) else self._fs.put_file(
+                    str(content), target
+                )
+            except Exception as error:
+                raise StoreError(f"{self.location}: {name} could not be uploaded: {error}") from error
             return
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, bytes):
@@ -242,9 +252,9 @@ class Store:
         """
         manifest = self.require(table, partition)
         present = {f"{m.table}/{m.partition}": m.content for m in made_from}
-        for name in manifest.inputs.keys() - present.keys():
-            source, _, rest = name.partition("/")
-            if (found := self.manifest(source, rest)) is not None:
+        others = sorted(manifest.inputs.keys() - present.keys())
+        for name, found in zip(others, self._read_commits(others), strict=True):
+            if found is not None:
                 present[name] = found.content
         for name, content in sorted(present.items()):
             if manifest.inputs.get(name) != content:
@@ -260,12 +270,23 @@ class Store:
         try:
             # A listing may be cached by fsspec; commits of other processes must be seen.
             self._fs.invalidate_cache()
-            names = self._fs.find(folder)
+            names, files = self._fs.find(folder), set(self._fs.find(f"{self._root}/{table}"))
         except FileNotFoundError:
             return []
-        prefix = self._fs._strip_protocol(folder)
+        prefix, data = (self._fs._strip_protocol(f) for f in (folder, f"{self._root}/{table}"))
         partitions = sorted(n[len(prefix) + 1 : -len(".json")] for n in names if n.endswith(".json"))
-        return [m for p in partitions if p.startswith(below) and (m := self.manifest(table, p)) is not None]
+        named = [p for p in partitions if p.startswith(below) and f"{data}/{p}.parquet" in files]
+        return [m for m in self._read_commits([f"{table}/{p}" for p in named]) if m is not None]
+
+    def _read_commits(self, names: Sequence[str]) -> list[Manifest | None]:
+        """Return the manifests of '<table>/<partition>' in this order; of many at once where each costs a request."""
+        read = [f"_manifests/{name}.json" for name in names]
+        if self.is_local or len(read) < 2:
+            found = [self.read_json(name) for name in read]
+        else:
+            with ThreadPoolExecutor(min(_REQUESTS, len(read))) as pool:
+                found = list(pool.map(self.read_json, read))
+        return [None if f is None else Manifest(**f) for f in found]
 
     def scan(self, table: schemas.Table, below: str = "", partitions: Iterable[str] | None = None) -> pl.LazyFrame:
         """Return all committed rows of a table (of the partitions named, or of those below a path) as a LazyFrame."""

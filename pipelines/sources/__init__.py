@@ -134,6 +134,11 @@ def chunk(images: Iterable[Mapping[str, Any]], votes: list[dict[str, Any]], rows
     return RawChunk(pa.Table.from_arrays(columns, schema=IMAGE_SCHEMA), pl.DataFrame(votes, schema=VOTE_SCHEMA), rows)
 
 
+def images_only(images: pa.Table) -> RawChunk:
+    """Return a chunk of images whose votes come in others."""
+    return RawChunk(images, pl.DataFrame(schema=VOTE_SCHEMA), 0)
+
+
 _SPLITS = {
     "train": "train",
     "training": "train",

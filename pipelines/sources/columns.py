@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import binascii
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import polars as pl
@@ -30,12 +30,16 @@ Types = Mapping[str, pl.DataType | type[pl.DataType]]
 
 @dataclass(frozen=True)
 class Piece:
-    """Some rows of one row group. start: number of the first row in the file; row: in the row group."""
+    """Some rows of one row group. start: number of the first row in the file; row: in the row group.
+
+    image: the column of images that the piece holds (with that of their uids), where images are read by themselves.
+    """
 
     table: pa.Table
     row_group: int
     row: int
     start: int
+    image: str | None = None
 
 
 def column_names(folder: Folder, name: str) -> tuple[str, ...]:
@@ -61,8 +65,17 @@ def _unreadable(folder: Folder, name: str, error: Exception) -> SourceError:
     return SourceError(f"{folder.uri(name)}: not a readable parquet file ({error}); fetch it again")
 
 
-def read_pieces(folder: Folder, name: str, wanted: tuple[str, ...], required: tuple[str, ...]) -> Iterator[Piece]:
-    """Yield a parquet file's rows in pieces of about 16 MB, the wanted columns that it has.
+def read_pieces(
+    folder: Folder,
+    name: str,
+    wanted: tuple[str, ...],
+    required: tuple[str, ...],
+    images: Mapping[str, str | None] | None = None,
+) -> Iterator[Piece]:
+    """Yield a parquet file's rows in pieces of about 16 MB: the wanted columns that it has.
+
+    images: {column: column of uids}; after the wanted columns of a row group, each of these is read by itself, so that the
+    dictionary page of one column of images, which can be as large as a row group, is in memory at a time.
 
     Raises:
         SourceError: it is not readable parquet, lacks a required column, or holds other rows than its footer says.
@@ -75,23 +88,34 @@ def read_pieces(folder: Folder, name: str, wanted: tuple[str, ...], required: tu
                     f"{folder.uri(name)}: column {missing[0]!r} is missing (all missing: {missing}); expected "
                     f"{list(required)}, found {names}"
                 )
-            columns, start = [c for c in wanted if c in names], 0
+            parts: list[tuple[str | None, list[str]]] = [(None, [c for c in wanted if c in names])]
+            for column, uids in (images or {}).items():
+                parts.append((column, [c for c in (column, uids) if c in names and c is not None]))
+            start = 0
             for group in range(file.num_row_groups):
-                facts = file.metadata.row_group(group)
-                rows = max(1, min(1024, PIECE_BYTES * facts.num_rows // max(1, facts.total_byte_size)))
-                row = 0
-                for batch in file.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False):
-                    yield Piece(pa.Table.from_batches([batch]), group, row, start + row)
-                    row += batch.num_rows
-                if row != facts.num_rows:
-                    raise SourceError(
-                        f"{folder.uri(name)}: row group {group} holds {row} rows, its footer says {facts.num_rows}"
-                    )
-                start += row
+                rows = file.metadata.row_group(group).num_rows
+                for image, columns in parts:
+                    row = 0
+                    size = piece_rows(file.metadata.row_group(group), columns)
+                    for batch in file.iter_batches(size, row_groups=[group], columns=columns, use_threads=False):
+                        yield Piece(pa.Table.from_batches([batch]), group, row, start + row, image)
+                        row += batch.num_rows
+                    if row != rows:
+                        raise SourceError(
+                            f"{folder.uri(name)}: row group {group} holds {row} rows, its footer says {rows}"
+                        )
+                start += rows
     except (pa.ArrowException, OSError, ValueError) as error:
         if isinstance(error, SourceError):
             raise
         raise _unreadable(folder, name, error) from error
+
+
+def piece_rows(group: pq.RowGroupMetaData, columns: Collection[str]) -> int:
+    """Return how many rows of these columns of a row group are about 16 MB."""
+    chunks = [group.column(i) for i in range(group.num_columns)]
+    size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] in columns)
+    return max(1, min(1024, PIECE_BYTES * group.num_rows // max(1, size)))
 
 
 def typed(piece: pa.Table, types: Types, file: str) -> tuple[pl.DataFrame, pl.Series]:
@@ -131,31 +155,52 @@ def _cast(
     try:
         series = pl.Series(name, pl.from_arrow(array))
         if dtype == pl.String:
-            # An id that was stored as 12.0 is 12.
-            if series.dtype.is_float() and (series.drop_nulls() % 1 == 0).all():
-                series = series.cast(pl.Int64)
+            # An id that was stored as 12.0 is 12, and NaN is no id.
+            if series.dtype.is_float():
+                series = series.fill_nan(None)
+                known = series.drop_nulls()
+                if ((known % 1 == 0) & (known.abs() < 2**53)).all():
+                    series = series.cast(pl.Int64)
             return series.cast(pl.String), invalid
         if series.dtype == pl.String:
             text = series.str.strip_chars()
             text = text.set(text.str.to_lowercase().is_in(_NULLS), None)
-            read = _parse(text, dtype)
-            failed = read.is_null() & text.is_not_null()
-            if failed.any():
-                shown_values = pl.Series(
-                    [shown(v) if f else None for v, f in zip(text, failed, strict=True)], dtype=pl.String
-                )
-                why = pl.lit(f"column {name!r}: expected {_words(dtype)}, found ") + shown_values
-                invalid = pl.select(
-                    pl.coalesce(invalid if invalid is not None else pl.lit(None, pl.String), why)
-                ).to_series()
-            return read.alias(name), invalid
+            return _told(name, text, _parse(text, dtype), dtype, invalid)
         if series.dtype.is_temporal() != _is_time(dtype) and not series.dtype == pl.Null:
             raise SourceError(wrong)
         if isinstance(series.dtype, pl.Datetime) and series.dtype.time_zone is not None:
             series = series.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
+        if dtype.is_integer():
+            return _told(name, series, _whole(series, dtype), dtype, invalid)
         return series.cast(dtype), invalid
     except pl.exceptions.PolarsError as error:
         raise SourceError(f"{wrong} ({error})") from error
+
+
+def _told(
+    name: str,
+    found: pl.Series,
+    read: pl.Series,
+    dtype: pl.DataType | type[pl.DataType],
+    invalid: pl.Series | None,
+) -> tuple[pl.Series, pl.Series | None]:
+    """Return the values read and, where one was found but could not be read, why; `invalid` says what was wrong before."""
+    failed = read.is_null() & found.is_not_null()
+    if found.dtype.is_float():
+        failed &= found.is_not_nan()
+    if failed.any():
+        values = [shown(v) if f else None for v, f in zip(found, failed, strict=True)]
+        why = pl.lit(f"column {name!r}: expected {_words(dtype)}, found ") + pl.Series(values, dtype=pl.String)
+        before = pl.lit(None, pl.String) if invalid is None else invalid
+        invalid = pl.select(pl.coalesce(before, why)).to_series()
+    return read.alias(name), invalid
+
+
+def _whole(series: pl.Series, dtype: pl.DataType | type[pl.DataType]) -> pl.Series:
+    """Return whole numbers as integers, null for any other number."""
+    if series.dtype.is_float():
+        series = series.set((series % 1 != 0).fill_null(False), None)
+    return series.cast(dtype, strict=False)
 
 
 def _is_time(dtype: pl.DataType | type[pl.DataType]) -> bool:
@@ -163,7 +208,9 @@ def _is_time(dtype: pl.DataType | type[pl.DataType]) -> bool:
 
 
 def _words(dtype: pl.DataType | type[pl.DataType]) -> str:
-    return "true or false" if dtype == pl.Boolean else "a time" if _is_time(dtype) else "a number"
+    if dtype == pl.Boolean:
+        return "true or false"
+    return "a time" if _is_time(dtype) else "a whole number" if dtype.is_integer() else "a number"
 
 
 def _parse(text: pl.Series, dtype: pl.DataType | type[pl.DataType]) -> pl.Series:
@@ -172,11 +219,14 @@ def _parse(text: pl.Series, dtype: pl.DataType | type[pl.DataType]) -> pl.Series
         return pl.select(pl.when(low.is_in(_TRUE)).then(True).when(low.is_in(_FALSE)).then(False)).to_series()
     if _is_time(dtype):
         values = [text.str.to_datetime(f, time_unit="us", strict=False) for f in _TIME_FORMATS]
-        return pl.select(pl.coalesce(*values)).to_series()
-    return text.cast(pl.Float64, strict=False).cast(dtype, strict=False)
+        zoned = [text.str.to_datetime(f, time_unit="us", strict=False) for f in _ZONED_FORMATS]
+        return pl.select(pl.coalesce(*values, *(z.dt.replace_time_zone(None) for z in zoned))).to_series()
+    number = text.cast(pl.Float64, strict=False)
+    return _whole(number, dtype) if dtype.is_integer() else number.cast(dtype, strict=False)
 
 
 _TIME_FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.fZ", "%Y-%m-%d")
+_ZONED_FORMATS = ("%Y-%m-%d %H:%M:%S%.f%#z", "%Y-%m-%dT%H:%M:%S%.f%#z")
 
 
 def _valid_text(array: pa.Array, name: str) -> tuple[pa.Array, pl.Series | None]:

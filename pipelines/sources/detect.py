@@ -65,7 +65,8 @@ def _detected(name: str, location: str) -> str:
 
 def _samples(folder: Folder) -> list[Sample]:
     by_kind: dict[str, list[Sample]] = {}
-    for name in folder.files(tuple(_KINDS)):
+    # Those highest up first: what lies in folders may be many files of another kind (HPDv2's benchmark/*.json).
+    for name in sorted(folder.files(tuple(_KINDS)), key=lambda n: (n.count("/"), n)):
         kind = next(kind for suffix, kind in _KINDS.items() if name.endswith(suffix))
         if len(by_kind.setdefault(kind, [])) < _SAMPLES_PER_KIND:
             by_kind[kind].append(Sample(name, kind, _names(folder, name, kind)))

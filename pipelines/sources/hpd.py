@@ -66,6 +66,8 @@ def list_json(source: SourceConfig, parts: dict[str, tuple[str, str, int]], expe
     """Return the shards of JSON files: {part: (file, folder of its images, records per shard)}."""
     folder = Folder(source.location)
     folder.fs.invalidate_cache()
+    if not folder.fs.isdir(folder.root):
+        raise SourceError(f"source {source.name!r}: {source.location}: no such folder")
     shards = []
     for part, (name, base, per_shard) in parts.items():
         stat = folder.stat(name)
@@ -211,7 +213,10 @@ def check_texts(field: str, values: Any, length: int | None = None) -> None:
 
 def is_number(value: Any) -> bool:
     """Return whether a JSON value is a finite number (true and false are none)."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond the floats
+        return False
 
 
 def _train(record: Any) -> Converted:

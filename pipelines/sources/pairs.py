@@ -19,7 +19,7 @@ import pyarrow as pa
 from pipelines import identity
 from pipelines.config import LimitsConfig, SourceConfig
 from pipelines.files import Folder, unsafe_because
-from pipelines.sources import VOTE_SCHEMA, RawChunk, Sample, Shard, columns, split_of
+from pipelines.sources import IMAGE_SCHEMA, VOTE_SCHEMA, RawChunk, Sample, Shard, columns, images_only, split_of
 from pipelines.sources.pickapic import list_parquet
 from pipelines.sources.pictures import Pictures
 
@@ -82,9 +82,11 @@ def read_shard(source: SourceConfig, shard: Shard, limits: LimitsConfig) -> Iter
     folder = Folder(source.location)
     file, split = folder.uri(shard.file), split_of(shard.file, source.split)
     pictures = _pictures(folder, shard, limits)
-    for piece in columns.read_pieces(folder, shard.file, (*TYPES, *IMAGES, *IMAGES.values()), REQUIRED):
+    for piece in columns.read_pieces(folder, shard.file, tuple(TYPES), REQUIRED, IMAGES):
+        if piece.image is not None:
+            yield images_only(columns.images_of(piece, {piece.image: IMAGES[piece.image]}, file, pictures, limits))
+            continue
         frame, problem = columns.typed(piece.table, TYPES, file)
-        images = columns.images_of(piece, IMAGES, file, pictures, limits)
         is_odd = pl.col("split").is_not_null() & ~pl.col("split").is_in(_SPLITS)
         why = pl.concat_str(pl.lit(f"column 'split': expected one of {list(_SPLITS)}, found "), "split")
         frame = frame.with_columns(problem).with_row_index("row", offset=piece.start)
@@ -110,4 +112,4 @@ def read_shard(source: SourceConfig, shard: Shard, limits: LimitsConfig) -> Iter
             split=pl.when(~is_odd).then("split").fill_null(pl.lit(split, pl.String)),
             problem=pl.coalesce("problem", pl.when(is_odd).then(why)),
         )
-        yield RawChunk(images, votes.cast(pl.Schema(VOTE_SCHEMA)), len(frame))
+        yield RawChunk(IMAGE_SCHEMA.empty_table(), votes.cast(pl.Schema(VOTE_SCHEMA)), len(frame))

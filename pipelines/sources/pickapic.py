@@ -13,6 +13,7 @@ import polars as pl
 from pipelines.config import LimitsConfig, SourceConfig
 from pipelines.files import Folder
 from pipelines.sources import (
+    IMAGE_SCHEMA,
     VOTE_SCHEMA,
     RawChunk,
     Sample,
@@ -20,6 +21,7 @@ from pipelines.sources import (
     SourceError,
     columns,
     file_mark,
+    images_only,
     shard_key,
     split_of,
 )
@@ -83,10 +85,11 @@ def read_shard(source: SourceConfig, shard: Shard, limits: LimitsConfig) -> Iter
     """
     folder = Folder(source.location)
     file, split = folder.uri(shard.file), split_of(shard.file, source.split)
-    wanted = (*TYPES, *IMAGES, *(u for u in IMAGES.values()))
-    for piece in columns.read_pieces(folder, shard.file, wanted, REQUIRED):
+    for piece in columns.read_pieces(folder, shard.file, tuple(TYPES), REQUIRED, IMAGES):
+        if piece.image is not None:
+            yield images_only(columns.images_of(piece, {piece.image: IMAGES[piece.image]}, file, None, limits))
+            continue
         frame, problem = columns.typed(piece.table, TYPES, file)
-        images = columns.images_of(piece, IMAGES, file, None, limits)
         frame = frame.with_columns(problem).with_row_index("row", offset=piece.start)
         row = pl.col("row").cast(pl.String)
         label_1 = pl.col("label_1") if "label_1" in piece.table.column_names else 1 - pl.col("label_0")
@@ -112,4 +115,4 @@ def read_shard(source: SourceConfig, shard: Shard, limits: LimitsConfig) -> Iter
             split=pl.lit(split),
             problem="problem",
         )
-        yield RawChunk(images, votes.cast(pl.Schema(VOTE_SCHEMA)), len(frame))
+        yield RawChunk(IMAGE_SCHEMA.empty_table(), votes.cast(pl.Schema(VOTE_SCHEMA)), len(frame))

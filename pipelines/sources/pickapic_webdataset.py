@@ -26,7 +26,7 @@ from pipelines.sources import (
     split_of,
     vote,
 )
-from pipelines.sources.pictures import TAR_ERRORS, forget, member_problem
+from pipelines.sources.pictures import TAR_ERRORS, forget, member_problem, require_end
 
 IMAGES = ("jpg_0.jpg", "jpg_1.jpg")
 TEXTS = ("original_prompt.txt", "label_0.txt", "label_1.txt")
@@ -110,15 +110,8 @@ def _chunks(handle: IO[bytes], uri: str, shard: Shard, split: str | None, limits
                 yield chunk(images, votes, len(votes))
                 images, votes, size = [], [], 0
         if shard.is_seekable:
-            _require_end(handle, tar.offset, uri)
+            require_end(handle, tar.offset, uri)
     yield chunk(images, votes, len(votes))
-
-
-def _require_end(handle: IO[bytes], offset: int, uri: str) -> None:
-    """Raise unless the archive's end marker, a block of zeros, stands where the last member ended."""
-    handle.seek(max(0, offset - tarfile.BLOCKSIZE))
-    if b"\0" * tarfile.BLOCKSIZE not in handle.read(3 * tarfile.BLOCKSIZE):
-        raise SourceError(f"{uri}: the archive ends without its end marker, so members may be missing; fetch it again")
 
 
 def _samples(

@@ -9,12 +9,13 @@ Belongs here: from names to bytes. Does not belong here: which names (the layout
 from __future__ import annotations
 
 import functools
+import os
 import posixpath
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 from pipelines.config import LimitsConfig
 from pipelines.files import Folder, Stat, normal_name, unsafe_because
@@ -34,6 +35,14 @@ class Member:
     problem: str | None
 
 
+@functools.lru_cache(maxsize=64)
+def _size_below(uri: str, changed: int) -> int:
+    if "://" not in uri:
+        return sum(os.stat(os.path.join(base, f)).st_size for base, _, files in os.walk(uri) for f in files)
+    fs, path = fsspec.core.url_to_fs(uri)
+    return int(fs.du(path))
+
+
 def member_problem(info: tarfile.TarInfo) -> str | None:
     """Return why a member must not be read: its name leaves the archive, or it is no plain file."""
     if why := unsafe_because(info.name):
@@ -44,6 +53,13 @@ def member_problem(info: tarfile.TarInfo) -> str | None:
 def forget(tar: tarfile.TarFile) -> None:
     """Forget the headers that were seen: tarfile keeps every one."""
     tar.members = []  # type: ignore[attr-defined]
+
+
+def require_end(handle: IO[bytes], offset: int, uri: str) -> None:
+    """Raise unless the archive's end marker, a block of zeros, stands where the last member ended."""
+    handle.seek(max(0, offset - tarfile.BLOCKSIZE))
+    if b"\0" * tarfile.BLOCKSIZE not in handle.read(3 * tarfile.BLOCKSIZE):
+        raise SourceError(f"{uri}: the archive ends without its end marker, so members may be missing; fetch it again")
 
 
 @functools.lru_cache(maxsize=8)
@@ -59,6 +75,7 @@ def _index(location: str, name: str, mark: str) -> dict[str, Member]:
             last = max((m.offset + m.size for m in found.values() if m.problem is None), default=0)
             if last > handle.seek(0, 2):
                 raise SourceError(f"{folder.uri(name)}: the archive ends in the middle of a member; fetch it again")
+            require_end(handle, tar.offset, folder.uri(name))
             return found
     except TAR_ERRORS as error:
         if isinstance(error, SourceError):
@@ -95,11 +112,12 @@ class Pictures:
         if self.archive is not None:
             stat = self.folder.stat(self.archive)
             return 0 if stat is None else stat.size
-        return sum(s.size for s in self.folder.files(("",), 2).values()) if not self.base else self._du()
-
-    def _du(self) -> int:
         where = self.folder.path(self.base)
-        return int(self.folder.fs.du(where)) if self.folder.fs.isdir(where) else 0
+        if not self.folder.fs.isdir(where):
+            return 0
+        # Adding a file changes the folder's time; elsewhere one listing a process is enough to tell small from large.
+        changed = os.stat(where).st_mtime_ns if self.folder.is_local else 0
+        return _size_below(self.folder.uri(self.base), changed)
 
     def stats(self, names: Iterable[str]) -> dict[str, Any]:
         """Return what changes when one of the images comes, goes or changes."""

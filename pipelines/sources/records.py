@@ -54,6 +54,7 @@ def _values(handle: Any, file: str) -> Iterator[Any]:
             at += 1
             continue
         if at < len(buffer) and buffer[at] == closing:
+            _require_space(handle, buffer[at + 1 :], text, file)
             return
         if at < len(buffer):
             try:
@@ -79,6 +80,19 @@ def _values(handle: Any, file: str) -> Iterator[Any]:
         data = handle.read(block)
         is_end = not data
         buffer, at, block = buffer[at:] + text.decode(data, final=is_end), 0, block * 2
+
+
+def _require_space(handle: Any, rest: str, text: codecs.IncrementalDecoder, file: str) -> None:
+    """Raise unless nothing but white space is left: a second list, say, would be passed over."""
+    is_end = False
+    while not is_end:
+        if found := rest.strip(_SPACE):
+            raise SourceError(
+                f"{file}: found {shown(found[:20])} behind the closing bracket of the list; expected one JSON list of records"
+            )
+        data = handle.read(_BLOCK)
+        is_end = not data
+        rest = text.decode(data, final=is_end)
 
 
 @functools.lru_cache(maxsize=64)

@@ -211,7 +211,9 @@ def _write_pickapic(
             stem = f"{split}-{k:05d}-of-{shards:05d}-{tag}"
             table = pa.Table.from_pylist(rows[part], schema=PICKAPIC_SCHEMA)
             pq.write_table(table, folder / "data" / f"{stem}.parquet", row_group_size=100)
-            truth += [{"source_row": f"data/{stem}.parquet:{i}", "rater": 0, **fact} for i, fact in enumerate(facts[part])]
+            truth += [
+                {"source_row": f"data/{stem}.parquet:{i}", "rater": 0, **fact} for i, fact in enumerate(facts[part])
+            ]
     return [{"source": "pickapic", **row} for row in truth]
 
 

@@ -63,7 +63,7 @@ def test_every_table_of_the_store_is_an_asset_with_its_columns(graph):
 def test_shards_are_partitions_of_ingest_scores_and_latents_only(graph):
     partitioned = {k.to_user_string() for k in graph.get_all_asset_keys() if graph.get(k).partitions_def is not None}
     scores = {f"scores/{s.name}" for s in configuration.load().scorers}
-    assert partitioned == {"votes", "images", "prompts", "latents"} | scores
+    assert partitioned == {"votes", "images", "image_names", "prompts", "latents"} | scores
 
 
 def ancestors(graph, key):

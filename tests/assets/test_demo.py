@@ -49,7 +49,7 @@ name = "clip"
 kind = "clip"
 checkpoint = "{weights}/tiny-clip"
 
-[backbone]
+[[backbones]]
 name = "tiny"
 family = "tiny"
 checkpoint = "{weights}/tiny-sd"

@@ -86,7 +86,7 @@ def test_ownership_passes_on_when_the_owner_no_longer_holds_the_image(raw_rows, 
 
 def test_one_vote_in_two_shards_counts_once_and_the_repetition_names_the_one_that_counts(raw_rows, build, store):
     keys = build(["a", "b"], a={"train": raw_rows[:6]}, b={"train": raw_rows[4:10]})
-    duplicates = store.read(schemas.CATALOGUE_DUPLICATES)
+    repeated = store.read(schemas.CATALOGUE_VOTES)
     ids = {
         key: dict(
             zip(store.read(schemas.VOTES, key)["created_at"], store.read(schemas.VOTES, key)["vote_id"], strict=True)
@@ -94,18 +94,23 @@ def test_one_vote_in_two_shards_counts_once_and_the_repetition_names_the_one_tha
         for key in keys
     }
     both = [sorted((ids[keys[0]][r["created_at"]], ids[keys[1]][r["created_at"]])) for r in raw_rows[4:6]]
-    expected = {(repeated, counted) for counted, repeated in both}
-    assert set(duplicates.select("vote_id", "duplicate_of").rows()) == expected
+    expected = {(other, "duplicate_of", counted) for counted, other in both}
+    assert set(repeated.select("vote_id", "status", "reason").rows()) == expected
+    assert repeated["is_flipped"].to_list() == [False, False]
+    assert set(catalogue.counted_votes(store, keys).collect()["vote_id"]).isdisjoint(repeated["vote_id"])
     assert len(events(store, keys)) == 10
     assert store.read(schemas.VOTES, keys[1])["status"].to_list() == ["ok"] * 6, "a shard says nothing of other shards"
 
 
 def test_a_vote_in_three_shards_counts_once(raw_rows, build, store):
     keys = build(["a", "b", "c"], **{name: {"train": raw_rows[:2]} for name in "abc"})
-    duplicates = store.read(schemas.CATALOGUE_DUPLICATES)
-    assert len(duplicates) == 4
+    repeated = store.read(schemas.CATALOGUE_VOTES)
+    assert repeated["status"].to_list() == ["duplicate_of"] * 4
     each = [store.read(schemas.VOTES, k).sort("created_at")["vote_id"].to_list() for k in keys]
-    assert set(duplicates["duplicate_of"]) == {min(same) for same in zip(*each, strict=True)}
+    counted = {same: min(same) for same in zip(*each, strict=True)}
+    expected = {(vote, first) for same, first in counted.items() for vote in same if vote != first}
+    assert set(repeated.select("vote_id", "reason").rows()) == expected
+    assert set(catalogue.counted_votes(store, keys).collect()["vote_id"]) == set(counted.values())
     assert len(events(store, keys)) == 2
 
 
@@ -201,7 +206,7 @@ def test_a_shard_that_is_not_ingested_is_named(ingested):
 
 
 def test_a_pair_is_listed_once_however_many_votes_it_has(ingested):
-    store, keys = ingested
+    store, _ = ingested
     pairs = catalogue.all_pairs(store).collect()
     assert pairs["pair_id"].n_unique() == len(pairs)
     assert (pairs["image_0_id"] < pairs["image_1_id"]).all()

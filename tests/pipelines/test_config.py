@@ -1,6 +1,7 @@
 import pytest
 
 from pipelines import config
+from pipelines.sources import detect
 from pipelines.world.raw import WorldConfig
 
 GOOD = """
@@ -13,7 +14,7 @@ location = "/raw/pap"
 name = "clip"
 kind = "clip"
 checkpoint = "/models/clip"
-[backbone]
+[[backbones]]
 name = "tiny"
 family = "tiny"
 checkpoint = "/models/tiny"
@@ -51,7 +52,9 @@ def test_a_file_gives_its_values_and_leaves_the_rest_at_defaults(write):
     loaded = config.load(write(GOOD))
     assert loaded.store_location == "/data/here/store"
     assert loaded.world is None
-    assert loaded.source("pap").annotator_family == "pickapic"
+    assert detect.resolved(loaded.source("pap")).family == "pickapic"
+    assert loaded.source("pap").storage is None
+    assert loaded.limits.max_image_pixels == 64_000_000
     assert loaded.labels.tie_policy == "human"
 
 
@@ -62,7 +65,28 @@ def test_the_parameters_of_the_small_world_can_be_set(write):
 
 def test_a_family_can_be_shared_by_sources_of_different_names(write):
     loaded = config.load(write(GOOD.replace('layout = "pickapic"', 'layout = "pickapic"\nfamily = "mine"')))
-    assert loaded.source("pap").annotator_family == "mine"
+    assert detect.resolved(loaded.source("pap")).family == "mine"
+
+
+@pytest.mark.parametrize(
+    ("layout", "family"),
+    [
+        *[("pickapic", "pickapic"), ("pickapic_webdataset", "pickapic"), ("hpd", "hpd"), ("hpdv3", "hpdv3")],
+        *[("rapidata", "pap"), ("pairs", "pap")],
+    ],
+)
+def test_a_family_that_is_not_named_is_the_layouts_or_else_the_sources_own(write, layout, family):
+    loaded = config.load(write(GOOD.replace('"pickapic"', f'"{layout}"')))
+    assert detect.resolved(loaded.source("pap")).family == family
+
+
+def test_a_layout_that_is_not_named_is_looked_for_in_the_files(write, tiny_world):
+    text = GOOD.replace('layout = "pickapic"\n', "")
+    loaded = config.load(write(text)).source("pap")
+    assert loaded.layout == "auto"
+    for folder, layout in (("pickapic", "pickapic"), ("hpdv2", "hpd")):
+        found = detect.resolved(config.load(write(text.replace("/raw/pap", str(tiny_world / folder)))).source("pap"))
+        assert (found.layout, found.family) == (layout, layout)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
-import json
+import re
 
 import pytest
 
 from pipelines import __main__ as command
+from pipelines import schemas
 from pipelines.errors import run_command
 from pipelines.tables import Store
 
@@ -27,7 +28,7 @@ records_per_shard = 10
 name = "clip"
 kind = "clip"
 checkpoint = "{tiny_clip}"
-[backbone]
+[[backbones]]
 name = "tiny"
 family = "tiny"
 checkpoint = "{tmp_path / "no-backbone"}"
@@ -97,5 +98,14 @@ def test_an_unexpected_error_keeps_its_traceback():
 def test_the_manifest_of_an_ingested_shard_names_its_file(configured, world_copy, tmp_path):
     assert run("ingest", "--config", configured) == 0
     store = Store(str(tmp_path / "home" / "store"))
-    manifest = store.read_json(f"_manifests/votes/{store.manifests('votes')[0].partition}.json")
-    assert json.loads(json.dumps(manifest))["extra"]["file"].startswith(str(world_copy))
+    manifests = store.manifests("votes")
+    folders = {"pickapic": world_copy / "pickapic", "hpd": world_copy / "hpdv2"}
+    files = {m.partition: store.read_json(f"_manifests/votes/{m.partition}.json")["extra"]["file"] for m in manifests}
+    assert len(files) == 10
+    assert all((folders[key.split(".")[0]] / file).is_file() for key, file in files.items())
+    assert files["hpd.test-0000001"] == "test.json"
+    parquet = {file for key, file in files.items() if key.startswith("pickapic.")}
+    assert parquet == {f"data/{p.name}" for p in (world_copy / "pickapic" / "data").iterdir()}
+    for key, file in files.items():
+        rows = store.read(schemas.VOTES, key)["source_row"]
+        assert rows.str.contains(rf"^{re.escape(file)}:\d+$").all()

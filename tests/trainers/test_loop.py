@@ -140,7 +140,7 @@ def test_a_backbone_that_predicts_epsilon_trains_from_log_two_as_well(cached_con
     path.write_text(json.dumps({**json.loads(path.read_text()), "prediction_type": "epsilon"}))
     config = cached_config.model_copy(
         update={
-            "backbone": cached_config.backbone.model_copy(update={"name": "epsilon", "checkpoint": str(folder)}),
+            "backbones": (cached_config.backbone.model_copy(update={"name": "epsilon", "checkpoint": str(folder)}),),
             "training": cached_config.training.model_copy(update={"steps": 2}),
         }
     )
@@ -160,4 +160,4 @@ def test_a_missing_backbone_is_named_with_what_to_do(cached_config, tmp_path):
 
     missing = cached_config.backbone.model_copy(update={"checkpoint": str(tmp_path)})
     with pytest.raises(CheckpointError, match=r"model_index\.json is missing.*world_models"):
-        training_of(cached_config.model_copy(update={"backbone": missing}))
+        training_of(cached_config.model_copy(update={"backbones": (missing,)}))
