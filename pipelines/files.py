@@ -46,6 +46,8 @@ class Folder:
         self.root = root.rstrip("/")
         protocol = self.fs.protocol
         self.is_local = "file" in ([protocol] if isinstance(protocol, str) else protocol)
+        # What was listed earlier in this process may have changed since: sizes and marks of then would cut or refuse reads.
+        self.fs.invalidate_cache()
 
     def __repr__(self) -> str:
         return f"Folder({self.location!r})"
@@ -117,7 +119,8 @@ def open_uri(uri: str) -> Iterator[IO[bytes]]:
         with open(uri, "rb") as handle:
             yield handle
     else:
-        fs, path = fsspec.core.url_to_fs(uri)
+        # The size of an earlier listing would cut what is read of a file that grew.
+        fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
         with fs.open(path, "rb") as handle:
             yield handle
 

@@ -7,6 +7,7 @@ another picture under an old id. Belongs here: from rows of `images` to bytes. D
 from __future__ import annotations
 
 import binascii
+import errno
 import hashlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -17,9 +18,14 @@ import pyarrow.parquet as pq
 
 from pipelines import schemas
 from pipelines.files import open_uri
+from pipelines.sources import SourceError
 from pipelines.sources.columns import piece_rows
 from pipelines.tables import Store
 
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, pa.ArrowException)
+"""What reading a place raises where the file holds something else now: another type, fewer row groups, no parquet."""
+_NOT_THERE = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
+"""Errors that say that the place is gone; None: the file is there and is not what it was."""
 _PLACE = ["uri", "row_group", "row", "column", "offset", "length"]
 
 
@@ -38,6 +44,7 @@ def read_images(store: Store, shard_key: str, wanted: Collection[str], batch: in
 
     Raises:
         tables.StoreError: the shard is not ingested.
+        sources.SourceError: a file of the source is there but cannot be read now (refused, interrupted).
     """
     part: list[StoredImage] = []
     for image in _images(store, shard_key, wanted, batch):
@@ -81,7 +88,10 @@ def _read(uri: str, rows: pl.DataFrame) -> Iterator[tuple[str, bytes | None, str
             done.add(image_id)
             yield image_id, data, None
         problem = "the row is not there any more"
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except _UNREADABLE as error:
+        if getattr(error, "errno", None) not in _NOT_THERE:
+            # Refused or interrupted, perhaps for a moment only: that must not be kept as the image's status.
+            raise SourceError(f"{uri}: cannot be read ({error}); run the step again when it can") from error
         problem = str(getattr(error, "strerror", None) or error)
     yield from ((image_id, None, problem) for image_id in left if image_id not in done)
 

@@ -8,6 +8,7 @@ Belongs here: from names to bytes. Does not belong here: which names (the layout
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import posixpath
@@ -16,6 +17,8 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
+
+import fsspec
 
 from pipelines.config import LimitsConfig
 from pipelines.files import Folder, Stat, normal_name, unsafe_because
@@ -38,7 +41,12 @@ class Member:
 @functools.lru_cache(maxsize=64)
 def _size_below(uri: str, changed: int) -> int:
     if "://" not in uri:
-        return sum(os.stat(os.path.join(base, f)).st_size for base, _, files in os.walk(uri) for f in files)
+        total = 0
+        for base, _, files in os.walk(uri):
+            for name in files:
+                with contextlib.suppress(OSError):
+                    total += os.stat(os.path.join(base, name)).st_size
+        return total
     fs, path = fsspec.core.url_to_fs(uri)
     return int(fs.du(path))
 

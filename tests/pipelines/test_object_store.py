@@ -268,7 +268,7 @@ def run(*arguments):
 def labelled(toml, raw_folder, raw_url, tmp_path_factory):
     """Two configuration files: all steps were run from local files to a local store, and from S3 to S3."""
     places = {raw_folder: str(tmp_path_factory.mktemp("labelled") / "store"), raw_url: f"s3://{BUCKET}/stores/labelled"}
-    files = [toml(store, raw, ("hpd", "pap")) for raw, store in places.items()]
+    files = [toml(store, raw, ("hpd",)) for raw, store in places.items()]
     for file in files:
         assert run("run", "--config", file) == 0
     return files
@@ -412,14 +412,15 @@ def test_an_upload_that_is_refused_ends_the_command_with_one_clear_line(
     assert s3_store.location in error[0]
 
 
-@pytest.mark.parametrize("name", ["pickapic", "pap", "tarred"])
+@pytest.mark.parametrize("name", ["pickapic", "pap", "tarred", "hpd"])
 def test_a_source_that_refuses_in_the_middle_of_reading_is_named_and_nothing_of_it_is_visible(
-    name, raw_url, server, local, tmp_path
+    name, raw_url, raw_folder, server, local, tmp_path
 ):
     store = Store(str(tmp_path / "store"))
     (source,) = sources_in(raw_url, [name])
     shard = ingest.list_source(source)[0]
-    file = {"tarred": "train.tar"}.get(name, shard.file)
+    image = json.loads((raw_folder / "hpdv2" / "train.json").read_text())[1]["file_path"][0]
+    file = {"tarred": "train.tar", "hpd": f"train/{image}"}.get(name, shard.file)
     path = f"/{BUCKET}/raw/{FOLDERS[name]}/{file}"
     how = ingest.plan(source)
     with (
@@ -565,3 +566,11 @@ def test_no_file_of_a_store_on_s3_is_left_in_the_local_staging_folder(s3_store):
     fs, root = fsspec.core.url_to_fs(s3_store.location)
     fs.invalidate_cache()
     assert sorted(p[len(root) + 1 :] for p in fs.find(root)) == ["_manifests/prompts/all.json", "prompts/all.parquet"]
+
+
+def test_a_reference_that_is_refused_for_a_while_fails_the_step_and_gives_no_image_a_status(raw_url, server, store):
+    keys, _ = ingest_sources(store, sources_in(raw_url, ["hpd"]), storage="reference")
+    good = images_of(store, keys[0])
+    with server.refusing(lambda method, path, _: path.endswith(".jpg")), pytest.raises(SourceError, match=r"\.jpg"):
+        images_of(store, keys[0])
+    assert images_of(store, keys[0]) == good
