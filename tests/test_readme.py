@@ -1,6 +1,9 @@
 import re
 from pathlib import Path
 
+from pipelines import config
+from pipelines.sources import detect
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -50,6 +53,15 @@ def test_the_readme_and_the_code_speak_of_the_project_alone():
         assert "pypi.org" not in text, file
         assert "@@" not in text, file
         assert not re.search(r"\bissue #?\d|\bin this session\b", text), file
+
+
+def test_the_readmes_configuration_is_one_and_names_every_layout(tmp_path):
+    (text,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "polyphony.toml").write_text(text)
+    loaded = config.load(tmp_path / "polyphony.toml")
+    assert [s.name for s in loaded.sources] == ["pickapic", "hpd"]
+    assert (loaded.backbone.family, loaded.images.storage, loaded.suite().column) == ("sd15", "auto", "Prompt")
+    assert all(f"| `{layout}` |" in README for layout in detect.LAYOUTS)
 
 
 def test_pictures_of_the_readme_are_there():

@@ -272,6 +272,8 @@ def _image_column(
     if uids is not None and uids in table.column_names:
         uid = typed(table.select([uids]), {uids: pl.String}, file)[0][uids].to_arrow().cast(pa.string())
     found = table[column].combine_chunks() if column in table.column_names else pa.nulls(rows, pa.binary())
+    if pa.types.is_dictionary(found.type):
+        found = found.dictionary_decode()
     status, reason = none, none
     if pa.types.is_struct(found.type) and found.type.get_field_index("bytes") >= 0:
         paths = pc.struct_field(found, "path") if found.type.get_field_index("path") >= 0 else none

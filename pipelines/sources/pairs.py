@@ -60,8 +60,9 @@ def fingerprint(source: SourceConfig, shard: Shard) -> str:
     names: set[str] = set()
     for piece in columns.read_pieces(folder, shard.file, tuple(IMAGES), tuple(IMAGES)):
         for column in IMAGES:
-            values = piece.table[column]
-            if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+            kind = piece.table[column].type
+            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+            if pa.types.is_string(kind) or pa.types.is_large_string(kind):
                 text = columns.typed(piece.table.select([column]), {column: pl.String}, shard.file)[0]
                 names |= {n for n in text[column].unique() if n is not None and not unsafe_because(n)}
     if not names:

@@ -147,7 +147,9 @@ class Pictures:
             yield from self._stream(self.archive, wanted)
 
     def _row(self, name: str, **values: Any) -> dict[str, Any]:
-        return image(name, uid=posixpath.join(self.base, name), **values)
+        # A name that leads into the archive's folder by itself (HPDv3) is whole, as it is where that folder is unpacked.
+        is_whole = self.archive is not None and normal_name(name).startswith(f"{self.base}/")
+        return image(name, uid=name if is_whole else posixpath.join(self.base, name), **values)
 
     def _file(self, name: str) -> dict[str, Any]:
         if why := unsafe_because(name):

@@ -10,6 +10,7 @@ import functools
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import signal
@@ -1251,6 +1252,7 @@ class Corpus:
     def __init__(self, folder):
         self.folder, self.store = folder, Store(str(folder / "store"))
         self._outcomes: dict[str, Outcome] = {}
+        self._numbers = itertools.count()
 
     def outcome(self, hostile):
         if hostile.name not in self._outcomes:
@@ -1258,7 +1260,7 @@ class Corpus:
         return self._outcomes[hostile.name]
 
     def _ingest(self, hostile):
-        number = len(self._outcomes)
+        number = next(self._numbers)
         home = self.folder / f"case{number}"
         raw = home / "raw"
         raw.mkdir(parents=True)
