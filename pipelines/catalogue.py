@@ -181,13 +181,18 @@ def _votes(store: Store, shard_keys: list[str]) -> pl.DataFrame:
         # Rows of unknown people are one only within one file, whatever shards it is cut into.
         file=pl.col("source_row").str.replace(r":\d+$", ""),
     )
-    ok = facts.filter(pl.col("status") == "ok")
+    # Repetitions within a shard come along: what they repeat may itself repeat a vote of another shard.
+    ok = facts.filter(pl.col("status").is_in(["ok", "duplicate_of"]))
     known = pl.all_horizontal(pl.col(c).is_not_null() for c in EVENT)
     # The smallest id counts, not the first shard's, so that the order of ingestion decides nothing.
-    by_event = ok.filter(known).with_columns(original=pl.col("vote_id").min().over(EVENT))
-    by_row = ok.filter(~known).with_columns(original=pl.col("vote_id").min().over("source", "file", *RAW))
+    smallest = pl.col("vote_id").filter(pl.col("status") == "ok").min()
+    by_event = ok.filter(known).with_columns(original=smallest.over(EVENT))
+    by_row = ok.filter(~known).with_columns(original=smallest.over("source", "file", *RAW))
+    is_known_already = (pl.col("status") == "duplicate_of") & (pl.col("original") == pl.col("reason"))
     repeated = (
-        pl.concat([by_event, by_row]).filter(pl.col("original") != pl.col("vote_id")).select("vote_id", "original")
+        pl.concat([by_event, by_row])
+        .filter(pl.col("original") != pl.col("vote_id"), ~is_known_already)
+        .select("vote_id", "original")
     )
     return (
         facts.join(repeated, on="vote_id", how="left")
@@ -210,15 +215,14 @@ def _moved(votes: pl.LazyFrame, names: pl.LazyFrame) -> pl.DataFrame:
         frame = frame.join(now, on=f"image_{i}_id", how="left")
     found = frame.filter(pl.col("now_0").is_not_null() | pl.col("now_1").is_not_null()).collect()
     first, second = (pl.coalesce(f"now_{i}", f"image_{i}_id") for i in (0, 1))
+    counts = pl.col("status").is_in(["ok", "duplicate_of"])
     is_flipped, is_same = (first > second).fill_null(False), (first == second).fill_null(False)
     found = found.with_columns(
         image_0_id=pl.when(is_flipped).then(second).otherwise(first),
         image_1_id=pl.when(is_flipped).then(first).otherwise(second),
         is_flipped=is_flipped,
-        status=pl.when(is_same & (pl.col("status") == "ok")).then(pl.lit("same_image")).otherwise("status"),
-        reason=pl.when(is_same & (pl.col("status") == "ok"))
-        .then(pl.lit("both names are of the same bytes"))
-        .otherwise("reason"),
+        status=pl.when(is_same & counts).then(pl.lit("same_image")).otherwise("status"),
+        reason=pl.when(is_same & counts).then(pl.lit("both names are of the same bytes")).otherwise("reason"),
     )
     pairs = [
         identity.pair_id(p, a, b) if None not in (p, a, b) and a < b else None

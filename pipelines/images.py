@@ -50,7 +50,7 @@ def read_header(data: bytes | pa.Buffer | None, limits: LimitsConfig | None = No
         why = f"{size} bytes, limit limits.max_image_bytes = {limits.max_image_bytes}"
         return Header(None, None, None, "too_large", why)
     try:
-        with Image.open(_reader(data)) as image:
+        with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
             kind: str | None = image.format
     except _PILLOW_ERRORS as error:
@@ -62,10 +62,6 @@ def read_header(data: bytes | pa.Buffer | None, limits: LimitsConfig | None = No
     if marker is not None and marker not in _tail(data, size):
         return Header(width, height, kind, "truncated", f"{kind} without end marker in {size} bytes")
     return Header(width, height, kind, "ok", None)
-
-
-def _reader(data: bytes | pa.Buffer) -> Any:
-    return pa.BufferReader(data) if isinstance(data, pa.Buffer) else io.BytesIO(data)
 
 
 def _said(error: Exception) -> str:

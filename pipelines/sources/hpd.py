@@ -73,7 +73,12 @@ def list_json(source: SourceConfig, parts: dict[str, tuple[str, str, int]], expe
         stat = folder.stat(name)
         if stat is None:
             continue
-        count = records.count_records(folder, name)
+        try:
+            count = records.count_records(folder, name)
+        except SourceError:
+            # A damaged file is one shard, which says so when it is read, and costs no other.
+            shards.append(Shard(f"{source.name}.{part}-{0:07d}", source.name, name, file_mark(name, stat)))
+            continue
         pictures = Pictures.find(folder, base, LimitsConfig())
         size = pictures.size() if count else 0
         if not pictures.is_seekable:
