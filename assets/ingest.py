@@ -66,7 +66,7 @@ def ingested(context: dg.AssetExecutionContext, polyphony: Polyphony) -> Iterato
             failed.append(f"{key}: no file of the configured sources has this shard any more")
             continue
         try:
-            built = ingest.ingest_shard(store, plans[shards[key].source], shards[key])
+            built = ingest.ingest_shard(store, plans[shards[key].source], shards[key], context.log.info)
         except SourceError as error:
             failed.append(str(error))
             continue

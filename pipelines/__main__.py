@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         plans = ingest.plans(config, shards)
         for i, shard in enumerate(shards, 1):
             try:
-                built = ingest.ingest_shard(store, plans[shard.source], shard)["votes"]
+                built = ingest.ingest_shard(store, plans[shard.source], shard, say)["votes"]
                 _tell(f"{i}/{len(shards)} votes {shard.key}", built)
             except SourceError as error:
                 # The other shards are ingested before the command fails, so that one bad file costs one file.

@@ -335,9 +335,13 @@ def require_images_and_scorables(store: Store, shard_key: str) -> None:
     Raises:
         tables.StoreError: the shard is not ingested, or the catalogue is missing or older than it.
     """
-    store.require_current("catalogue_images", made_from=[store.require("images", shard_key)])
-    store.require_current("catalogue_scorables", made_from=[store.require("votes", shard_key)])
-    store.require_current("catalogue_prompts", made_from=[store.require("prompts", shard_key)])
+    for name, of in (
+        ("catalogue_images", "images"),
+        ("catalogue_scorables", "votes"),
+        ("catalogue_prompts", "prompts"),
+    ):
+        # Of this shard alone: asking after all of them for each of them would be quadratic.
+        store.require_seen(name, store.require(of, shard_key))
 
 
 def all_pairs(store: Store) -> pl.LazyFrame:

@@ -7,11 +7,15 @@ from collections.abc import Callable
 
 from pipelines.config import ConfigError
 from pipelines.hub import CheckpointError
+from pipelines.prompts import PromptSuiteError
 from pipelines.schemas import SchemaError
 from pipelines.sources import SourceError
 from pipelines.tables import StoreError
 
-EXPECTED = (ConfigError, CheckpointError, SchemaError, SourceError, StoreError, FileNotFoundError, FileExistsError)
+EXPECTED = (
+    *(ConfigError, CheckpointError, PromptSuiteError, SchemaError, SourceError, StoreError),
+    *(FileNotFoundError, FileExistsError, PermissionError, ConnectionError),
+)
 
 
 def run_command(main: Callable[[], int]) -> int:

@@ -6,6 +6,7 @@ Belongs here: finding, naming and reading files. Does not belong here: what stan
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import posixpath
 from collections.abc import Iterable, Iterator
@@ -61,8 +62,12 @@ class Folder:
         return self.path(name) if self.is_local else self.fs.unstrip_protocol(self.path(name))
 
     def open(self, name: str) -> IO[bytes]:
-        """Open a file for reading bytes."""
-        return open(self.path(name), "rb") if self.is_local else self.fs.open(self.path(name), "rb")
+        """Open a file for reading bytes.
+
+        Raises:
+            OSError: it is not there, is no plain file (a pipe would wait for ever), or cannot be had.
+        """
+        return _open_local(self.path(name)) if self.is_local else self.fs.open(self.path(name), "rb")
 
     def files(self, suffixes: tuple[str, ...], depth: int = 3) -> dict[str, Stat]:
         """Return the files with one of the suffixes in this folder and `depth` levels of folders, sorted by name.
@@ -73,15 +78,30 @@ class Folder:
         self.fs.invalidate_cache()
         if not self.fs.isdir(self.root):
             raise FileNotFoundError(2, "no such folder", self.location)
-        found: dict[str, Stat] = {}
-        for path, info in self.fs.find(self.root, maxdepth=depth, detail=True).items():
-            name = path[len(self.root) + 1 :]
-            if name.endswith(suffixes) and not any(part.startswith(".") for part in name.split("/")):
-                found[name] = _stat(info)
-        return dict(sorted(found.items()))
+        found: dict[str, Stat | None] = {}
+        if self.is_local:
+            # Links are followed: a hub's cache is made of them, and data folders often are one.
+            for base, folders, names in os.walk(self.root, followlinks=True):
+                here = os.path.relpath(base, self.root)
+                level = 0 if here == "." else here.count("/") + 1
+                folders[:] = [f for f in folders if not f.startswith(".")] if level < depth - 1 else []
+                for name in (n for n in names if n.endswith(suffixes) and not n.startswith(".")):
+                    path = name if here == "." else f"{here}/{name}"
+                    # A link that leads nowhere is listed, so that reading it says so.
+                    found[path] = self.stat(path) or Stat(0, "")
+        else:
+            for path, info in self.fs.find(self.root, maxdepth=depth, detail=True).items():
+                name = path[len(self.root) + 1 :]
+                if name.endswith(suffixes) and not any(part.startswith(".") for part in name.split("/")):
+                    found[name] = _stat(info)
+        return {name: stat for name, stat in sorted(found.items()) if stat is not None}
 
     def stat(self, name: str) -> Stat | None:
-        """Return a file's size and mark, or None if there is no such file."""
+        """Return a file's size and mark, or None if there is no such file.
+
+        Raises:
+            OSError: elsewhere than on a local disk, the question was refused or failed: that is no answer.
+        """
         if self.is_local:
             try:
                 found = os.stat(self.path(name))
@@ -90,7 +110,7 @@ class Folder:
             return Stat(found.st_size, str(found.st_mtime_ns))
         try:
             info = self.fs.info(self.path(name))
-        except (OSError, ValueError):
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
         return _stat(info) if info.get("type") == "file" else None
 
@@ -101,7 +121,7 @@ class Folder:
         names = list(names)
         listed: dict[str, Any] = {}
         for folder in sorted({posixpath.dirname(self.path(n)) for n in names}):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 listed |= {info["name"].rstrip("/"): info for info in self.fs.ls(folder, detail=True)}
         found = {n: listed.get(self.path(n)) for n in names}
         return {n: _stat(i) if i is not None and i.get("type") == "file" else None for n, i in found.items()}
@@ -116,13 +136,42 @@ def _stat(info: dict[str, Any]) -> Stat:
 def open_uri(uri: str) -> Iterator[IO[bytes]]:
     """Open the file at an address that `Folder.uri` gave."""
     if "://" not in uri:
-        with open(uri, "rb") as handle:
+        with _open_local(uri) as handle:
             yield handle
     else:
         # The size of an earlier listing would cut what is read of a file that grew.
         fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
         with fs.open(path, "rb") as handle:
             yield handle
+
+
+def _open_local(path: str) -> IO[bytes]:
+    if os.path.exists(path) and not os.path.isfile(path):
+        kind = (errno.EISDIR, "is a folder") if os.path.isdir(path) else (errno.EINVAL, "is no plain file")
+        raise OSError(*kind, path)
+    return open(path, "rb")
+
+
+def is_gone(error: Exception) -> bool:
+    """Return whether an error says that a place is gone or holds something else, not that it cannot be read now."""
+    if not isinstance(error, OSError) or isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        return True
+    # Arrow tells damaged parquet by a plain OSError without a number.
+    return type(error) is OSError and error.errno in (None, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
+
+
+_SERVICES = ("botocore", "aiobotocore", "boto3", "aiohttp", "huggingface_hub", "httpx", "requests", "gcsfs", "adlfs")
+
+
+@contextlib.contextmanager
+def services_as_oserror(location: str) -> Iterator[None]:
+    """Turn what a storage service's own library raises (it is no OSError) into a ConnectionError that names the place."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) or type(error).__module__.split(".")[0] not in _SERVICES:
+            raise
+        raise ConnectionError(errno.EIO, f"{type(error).__name__}: {error}", location) from error
 
 
 def unsafe_because(name: str) -> str | None:

@@ -9,7 +9,6 @@ import io
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
@@ -18,13 +17,17 @@ from pipelines.config import LimitsConfig
 
 # Our own limits say what is too large, before pixels are decoded; Pillow's global one would overrule larger ones.
 Image.MAX_IMAGE_PIXELS = None
-_END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "JPEG2000", "TIFF", "BMP", "PPM")
+"""What may be an image: of Pillow's other formats some run programs (EPS) or decode whole pictures for a header (ICO)."""
+_END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b"\0;"}
 _TAIL = 1024
+_LARGEST_SIDE = 2**31 - 1
 _PILLOW_ERRORS = (
     *(UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError),
     *(MemoryError, struct.error, zlib.error, Image.DecompressionBombError),
+    *(RuntimeError, AssertionError, AttributeError),
 )
-"""What Pillow raises on damaged files: its plugins parse with struct and indices."""
+"""What Pillow raises on damaged files: its plugins parse with struct and indices, and AVIF's says RuntimeError."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,15 @@ def read_header(data: bytes | pa.Buffer | None, limits: LimitsConfig | None = No
         why = f"{size} bytes, limit limits.max_image_bytes = {limits.max_image_bytes}"
         return Header(None, None, None, "too_large", why)
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             kind: str | None = image.format
     except _PILLOW_ERRORS as error:
         return Header(None, None, None, "unreadable", f"no image format recognised in {size} bytes: {_said(error)}")
     if (limit := _too_large(width, height, limits)) is not None:
-        return Header(width, height, kind, "too_large", limit)
+        # A header may claim more than the table's integers hold; the reason has the claim.
+        told = [side if side <= _LARGEST_SIDE else None for side in (width, height)]
+        return Header(told[0], told[1], kind, "too_large", limit)
     marker = _END_MARKERS.get(kind or "")
     # Encoders may pad behind the end marker, so it is searched in the tail, not expected as the very last bytes.
     if marker is not None and marker not in _tail(data, size):
@@ -66,7 +71,7 @@ def read_header(data: bytes | pa.Buffer | None, limits: LimitsConfig | None = No
 
 def _said(error: Exception) -> str:
     # Pillow names the object it read from, with its address in memory: the same file must give the same reason.
-    return type(error).__name__ if "object at 0x" in str(error) else str(error)
+    return type(error).__name__ if not str(error) or "object at 0x" in str(error) else str(error)
 
 
 def _tail(data: bytes | pa.Buffer, size: int) -> bytes:
@@ -95,6 +100,6 @@ def decode_rgb(data: bytes) -> Image.Image:
         UndecodableImage: the bytes are not a whole image.
     """
     try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
+        return Image.open(io.BytesIO(data), formats=FORMATS).convert("RGB")
     except _PILLOW_ERRORS as error:
         raise UndecodableImage(_said(error)) from error

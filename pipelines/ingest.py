@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,13 +17,17 @@ import pyarrow as pa
 
 from pipelines import identity, images, schemas
 from pipelines.config import Config, ImagesConfig, LimitsConfig, SourceConfig
-from pipelines.sources import RawChunk, Shard, SourceError
+from pipelines.files import services_as_oserror
+from pipelines.sources import RawChunk, Shard, SourceError, detect
 from pipelines.sources.detect import LAYOUTS, resolved
 from pipelines.tables import Built, Store
 
 CODE_VERSION = "2"
 TABLES = (schemas.IMAGES, schemas.IMAGE_NAMES, schemas.PROMPTS, schemas.VOTES)
 """Tables of a shard in the order in which they are committed: with its votes a shard counts as ingested."""
+MAX_COUNT = 1_000_000_000
+"""More people than this behind one vote are a mistake, and their sums could overflow."""
+PROGRESS_SECONDS = 10.0
 _RECOGNISED_LABELS = (0.0, 0.5, 1.0)
 T = TypeVar("T")
 
@@ -98,6 +103,7 @@ def list_shards(config: Config) -> list[Shard]:
             f"the small world is not written yet in {config.world_folder}; run `python -m pipelines world` (or `run`), or "
             f"materialize raw_sources"
         )
+    detect.forget()
     shards = [s for source in config.sources for s in list_source(source)]
     keys = [s.key for s in shards]
     if repeated := sorted({k for k in keys if keys.count(k) > 1}):
@@ -107,17 +113,37 @@ def list_shards(config: Config) -> list[Shard]:
 
 def list_source(source: SourceConfig) -> list[Shard]:
     """Return the shards of one source."""
-    source = resolved(source)
-    return LAYOUTS[source.layout].list_shards(source)
+    try:
+        with services_as_oserror(source.location):
+            source = resolved(source)
+            return LAYOUTS[source.layout].list_shards(source)
+    except OSError as error:
+        raise SourceError(f"source {source.name!r}: {source.location}: {error.strerror or error}") from error
 
 
-def ingest_shard(store: Store, how: Plan, shard: Shard) -> dict[str, Built]:
-    """Ingest one shard into its tables; return what was built, by table.
+def ingest_shard(
+    store: Store, how: Plan, shard: Shard, progress: Callable[[str], None] = lambda message: None
+) -> dict[str, Built]:
+    """Ingest one shard into its tables; return what was built, by table. `progress` is told every ten seconds.
 
     Raises:
         SourceError: the file is unreadable or lacks a column; nothing of the shard becomes visible.
         RuntimeError: the rows do not add up (a defect of a layout's reader).
     """
+    try:
+        with services_as_oserror(how.source.location):
+            return _ingest(store, how, shard, progress)
+    except OSError as error:
+        if not _is_of_source(error, how):
+            raise
+        raise SourceError(f"{how.source.location}, {shard.file}: cannot be read: {error.strerror or error}") from error
+
+
+def _is_of_source(error: OSError, how: Plan) -> bool:
+    return str(error.filename or "").startswith(how.source.location.rstrip("/"))
+
+
+def _ingest(store: Store, how: Plan, shard: Shard, progress: Callable[[str], None]) -> dict[str, Built]:
     mark = how.fingerprint(shard, how.storage)
     # What auto chose for a source when it was smaller stays: nothing is read again only because a source grew.
     marks = {mark} if how.is_storage_fixed else {how.fingerprint(shard, s) for s in ("copy", "reference")}
@@ -126,7 +152,8 @@ def ingest_shard(store: Store, how: Plan, shard: Shard) -> dict[str, Built]:
     if len(found) == 1 and found <= marks:
         return {name: Built(m, True) for name, m in existing.items() if m is not None}
 
-    reader = _ShardReader(how, LAYOUTS[how.source.layout].read_shard(how.source, shard, how.limits))
+    chunks = LAYOUTS[how.source.layout].read_shard(how.source, shard, how.limits)
+    reader = _ShardReader(how, chunks, lambda message: progress(f"{shard.key}: {message}"))
     built = {}
     frames: dict[str, Callable[[], Any]] = {
         "images": reader.image_tables,
@@ -194,9 +221,10 @@ def _hashed(chunk: RawChunk) -> tuple[RawChunk, list[tuple[pa.Buffer | None, str
 class _ShardReader:
     """Walks a shard's chunks once: yields distinct images, keeps the (small) votes, names and prompts."""
 
-    def __init__(self, how: Plan, chunks: Iterator[RawChunk]) -> None:
-        self._how, self._chunks = how, chunks
+    def __init__(self, how: Plan, chunks: Iterator[RawChunk], progress: Callable[[str], None]) -> None:
+        self._how, self._chunks, self._progress = how, chunks, progress
         self._ids: dict[str, str | None] = {}
+        self._unknown: dict[str, str] = {}
         self._seen: set[str] = set()
         self._names: dict[tuple[str, str], str] = {}
         self._raw_votes: list[pl.DataFrame] = []
@@ -205,8 +233,13 @@ class _ShardReader:
 
     def image_tables(self) -> Iterator[pa.Table]:
         """Yield the distinct images; reading and hashing, a thread each, run ahead of whoever writes."""
-        for chunk, images_of_chunk in _ahead(_hashed(c) for c in _ahead(self._chunks)):
-            yield self._distinct(chunk, images_of_chunk)
+        told, size = time.monotonic(), 0
+        for chunk, found in _ahead(_hashed(c) for c in _ahead(self._chunks)):
+            yield self._distinct(chunk, found)
+            size += chunk.images.nbytes
+            if time.monotonic() - told > PROGRESS_SECONDS:
+                told = time.monotonic()
+                self._progress(f"{self._rows} rows, {self._images} images, {size / 1e9:.1f} GB")
 
     def _distinct(self, chunk: RawChunk, found: list[tuple[pa.Buffer | None, str | None]]) -> pa.Table:
         self._rows += chunk.rows
@@ -222,6 +255,8 @@ class _ShardReader:
             uid = detail["uid"]
             if digest is None and uid is None:
                 self._ids[detail["image_key"]] = None
+                if detail["reason"] is not None:
+                    self._unknown[detail["image_key"]] = f"{detail['status']}: {detail['reason']}"
                 continue
             named = None if uid is None else identity.image_id_of_uid(family, uid)
             image_id = digest[: identity.ID_CHARACTERS] if digest is not None else named
@@ -296,6 +331,12 @@ class _ShardReader:
         votes = votes.with_columns(
             first=pl.col("first_key").replace_strict(self._ids, return_dtype=pl.String, default=None),
             second=pl.col("second_key").replace_strict(self._ids, return_dtype=pl.String, default=None),
+            **{
+                f"{side}_unknown": pl.col(f"{side}_key").replace_strict(
+                    self._unknown, return_dtype=pl.String, default=None
+                )
+                for side in ("first", "second")
+            },
             prompt_id=pl.when(pl.col("problem").is_null()).then(
                 pl.col("prompt").replace_strict(prompts, return_dtype=pl.String, default=None)
             ),
@@ -312,7 +353,7 @@ class _ShardReader:
             (
                 pl.col("first").is_null() | pl.col("second").is_null(),
                 "no_image",
-                pl.lit("neither bytes nor uid of an image"),
+                pl.coalesce("first_unknown", "second_unknown", pl.lit("neither bytes nor uid of an image")),
             ),
             (pl.col("first") == pl.col("second"), "same_image", pl.lit("both images have the same bytes")),
             (~pl.col("is_labelled"), "unlabelled", pl.lit("the source says that the row has no label")),
@@ -322,9 +363,9 @@ class _ShardReader:
                 pl.concat_str(pl.lit("expected 1 / 0, 0.5 / 0.5 or 0 / 1, found "), found),
             ),
             (
-                (pl.col("count") < 1).fill_null(False),
+                ((pl.col("count") < 1) | (pl.col("count") > MAX_COUNT)).fill_null(False),
                 "invalid_label",
-                pl.concat_str(pl.lit("expected a count of at least 1, found "), pl.col("count")),
+                pl.concat_str(pl.lit(f"expected a count between 1 and {MAX_COUNT}, found "), pl.col("count")),
             ),
         ]
         status, reason = pl.lit("ok"), pl.lit(None, pl.String)

@@ -7,7 +7,6 @@ another picture under an old id. Belongs here: from rows of `images` to bytes. D
 from __future__ import annotations
 
 import binascii
-import errno
 import hashlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -17,15 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import schemas
-from pipelines.files import open_uri
+from pipelines.files import is_gone, open_uri
 from pipelines.sources import SourceError
 from pipelines.sources.columns import piece_rows
 from pipelines.tables import Store
 
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, pa.ArrowException)
 """What reading a place raises where the file holds something else now: another type, fewer row groups, no parquet."""
-_NOT_THERE = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
-"""Errors that say that the place is gone; None: the file is there and is not what it was."""
 _PLACE = ["uri", "row_group", "row", "column", "offset", "length"]
 
 
@@ -89,7 +86,7 @@ def _read(uri: str, rows: pl.DataFrame) -> Iterator[tuple[str, bytes | None, str
             yield image_id, data, None
         problem = "the row is not there any more"
     except _UNREADABLE as error:
-        if getattr(error, "errno", None) not in _NOT_THERE:
+        if not is_gone(error):
             # Refused or interrupted, perhaps for a moment only: that must not be kept as the image's status.
             raise SourceError(f"{uri}: cannot be read ({error}); run the step again when it can") from error
         problem = str(getattr(error, "strerror", None) or error)
@@ -107,6 +104,8 @@ def _cells(uri: str, rows: pl.DataFrame) -> Iterator[tuple[str, bytes]]:
     with open_uri(uri) as handle, pq.ParquetFile(handle, buffer_size=1 << 20, pre_buffer=False) as file:
         # One column at a time: see sources.columns.read_pieces.
         for (group, column), part in rows.group_by("row_group", "column", maintain_order=True):
+            if group >= file.num_row_groups or column not in file.schema_arrow.names:
+                raise LookupError(f"it has no row group {group} with a column {column!r} any more")
             places = dict(part.select("row", "image_id").iter_rows())
             size, start = piece_rows(file.metadata.row_group(group), [str(column)]), 0
             for piece in file.iter_batches(size, row_groups=[group], columns=[column], use_threads=False):
@@ -118,5 +117,9 @@ def _cells(uri: str, rows: pl.DataFrame) -> Iterator[tuple[str, bytes]]:
 
 def _bytes_of(value: object) -> bytes:
     if isinstance(value, dict):
-        value = value["bytes"]
-    return binascii.a2b_base64(value) if isinstance(value, str) else bytes(value)  # type: ignore[call-overload]
+        value = value.get("bytes")
+    if isinstance(value, str):
+        return binascii.a2b_base64(value)
+    if not isinstance(value, bytes):
+        raise TypeError(f"expected bytes, found {type(value).__name__}")
+    return value

@@ -94,12 +94,21 @@ class Store:
     # --- small files -------------------------------------------------------------------------------------------
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """Return a JSON file of the store, or None if it is not there."""
+        """Return a JSON file of the store, or None if it is not there.
+
+        Raises:
+            StoreError: elsewhere than on a local disk, the file was refused or its service failed.
+        """
         try:
             # From its first byte: s3fs then asks once, not for the size before.
             return json.loads(self._fs.cat_file(f"{self._root}/{name}", start=0))
         except FileNotFoundError:
             return None
+        except Exception as error:
+            # Every service has errors of its own kinds.
+            if self.is_local:
+                raise
+            raise StoreError(f"{self.location}: {name} could not be read: {error}") from error
 
     def read_text(self, name: str) -> str:
         """Return a text file of the store."""
@@ -258,10 +267,24 @@ class Store:
                 present[name] = found.content
         for name, content in sorted(present.items()):
             if manifest.inputs.get(name) != content:
-                raise StoreError(
-                    f"{self.location}: {table}/{partition} was made from another {name} than the present one; materialize "
-                    f"{table} again (`python -m pipelines run`, or the asset in Dagster)"
-                )
+                raise StoreError(self._made_from_another(table, partition, name))
+        return manifest
+
+    def _made_from_another(self, table: str, partition: str, name: str) -> str:
+        return (
+            f"{self.location}: {table}/{partition} was made from another {name} than the present one; materialize "
+            f"{table} again (`python -m pipelines run`, or the asset in Dagster)"
+        )
+
+    def require_seen(self, table: str, made_from: Manifest) -> Manifest:
+        """Return the commit of a whole table that was made from this input as it is now (others are not looked at).
+
+        Raises:
+            StoreError: it is not there, or was made from another state of the input.
+        """
+        manifest, name = self.require(table), f"{made_from.table}/{made_from.partition}"
+        if manifest.inputs.get(name) != made_from.content:
+            raise StoreError(self._made_from_another(table, WHOLE, name))
         return manifest
 
     def manifests(self, table: str, below: str = "") -> list[Manifest]:

@@ -160,12 +160,21 @@ def split_of(name: str, default: str | None) -> str | None:
 
 
 def shard_key(source: str, name: str) -> str:
-    """Return a shard's key from its source and file: characters that are safe in paths, with a digest if any was not."""
-    stem = name
-    for suffix in (".parquet", ".json", ".jsonl", ".tar.gz", ".tgz", ".tar"):
+    """Return a shard's key from its source and file: characters that are safe in paths.
+
+    `data/<stem>.parquet` and `<stem>.tar` are known by their stems; other names get a digest, so that no two files of a
+    source have one key.
+
+    Raises:
+        SourceError: the file's name is not valid UTF-8, so that no row could say where it stands.
+    """
+    if problem := text_problem("file name", name):
+        raise SourceError(f"source {source!r}: {problem}; rename the file")
+    stem = name.removeprefix("data/")
+    for suffix in (".parquet", ".tar.gz", ".tgz", ".tar"):
         stem = stem.removesuffix(suffix)
-    clean = re.sub(r"[^A-Za-z0-9_.-]+", "-", stem.removeprefix("data/")).strip("-.")
-    if clean != stem.removeprefix("data/") or len(clean) > 120:
+    clean = re.sub(r"[^A-Za-z0-9_.-]+", "-", stem).strip("-.")
+    if name not in (f"data/{clean}.parquet", f"{clean}.tar") or len(clean) > 120:
         clean = f"{clean[:100]}-{identity.fingerprint(name=name)[:8]}"
     return f"{source}.{clean}"
 

@@ -88,6 +88,9 @@ def read_pieces(
                     f"{folder.uri(name)}: column {missing[0]!r} is missing (all missing: {missing}); expected "
                     f"{list(required)}, found {names}"
                 )
+            asked = {*wanted, *(images or {}), *(c for c in (images or {}).values() if c is not None)}
+            if repeated := sorted(c for c in asked if names.count(c) > 1):
+                raise SourceError(f"{folder.uri(name)}: column {repeated[0]!r} stands several times; found {names}")
             parts: list[tuple[str | None, list[str]]] = [(None, [c for c in wanted if c in names])]
             for column, uids in (images or {}).items():
                 parts.append((column, [c for c in (column, uids) if c in names and c is not None]))
@@ -118,10 +121,11 @@ def piece_rows(group: pq.RowGroupMetaData, columns: Collection[str]) -> int:
     return max(1, min(1024, PIECE_BYTES * group.num_rows // max(1, size)))
 
 
-def typed(piece: pa.Table, types: Types, file: str) -> tuple[pl.DataFrame, pl.Series]:
+def typed(piece: pa.Table, types: Types, file: str, ids: Collection[str] = ()) -> tuple[pl.DataFrame, pl.Series]:
     """Return the columns in these types (absent ones as nulls), and per row why a value could not be read, else null.
 
-    Numbers, booleans and times may be stored as text ("1.0", "True", "None").
+    Numbers, booleans and times may be stored as text ("1.0", "True", "None"). ids: text columns that name something, where
+    "None" and the like are nulls and "12.0" is 12, as it is in a column of numbers.
 
     Raises:
         SourceError: a column is of a type from which its own cannot be had; names file, column, expected, found.
@@ -135,7 +139,7 @@ def typed(piece: pa.Table, types: Types, file: str) -> tuple[pl.DataFrame, pl.Se
         if pa.types.is_dictionary(array.type):
             array = array.dictionary_decode()
         column, problem = _cast(name, array, dtype, file)
-        columns[name] = column
+        columns[name] = _plain_ids(column) if name in ids else column
         if problem is not None:
             problems.append(problem)
     none = pl.Series("problem", [None] * len(piece), pl.String)
@@ -143,12 +147,20 @@ def typed(piece: pa.Table, types: Types, file: str) -> tuple[pl.DataFrame, pl.Se
     return pl.DataFrame(columns), merged.alias("problem")
 
 
+def _plain_ids(series: pl.Series) -> pl.Series:
+    text = series.str.strip_chars()
+    text = text.set(text.str.to_lowercase().is_in(_NULLS), None)
+    return text.str.replace(r"^(-?\d+)\.0$", "$1")
+
+
 def _cast(
     name: str, array: pa.Array, dtype: pl.DataType | type[pl.DataType], file: str
 ) -> tuple[pl.Series, pl.Series | None]:
     wrong = f"{file}: column {name!r}: expected {dtype}, found {array.type}, which cannot be read as such"
-    if pa.types.is_nested(array.type) or pa.types.is_binary(array.type) or pa.types.is_large_binary(array.type):
+    if not any(is_kind(array.type) for is_kind in _SCALARS):
         raise SourceError(wrong)
+    if pa.types.is_string_view(array.type):
+        array = array.cast(pa.large_string())
     invalid = None
     if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
         array, invalid = _valid_text(array, name)
@@ -175,6 +187,13 @@ def _cast(
         return series.cast(dtype), invalid
     except pl.exceptions.PolarsError as error:
         raise SourceError(f"{wrong} ({error})") from error
+
+
+_SCALARS = (
+    *(pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null, pa.types.is_boolean),
+    *(pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal128, pa.types.is_temporal),
+)
+"""Types from which a value can be had; of others polars takes some for what they are not, and panics on some."""
 
 
 def _told(
@@ -225,7 +244,7 @@ def _parse(text: pl.Series, dtype: pl.DataType | type[pl.DataType]) -> pl.Series
     return _whole(number, dtype) if dtype.is_integer() else number.cast(dtype, strict=False)
 
 
-_TIME_FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.fZ", "%Y-%m-%d")
+_TIME_FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d")
 _ZONED_FORMATS = ("%Y-%m-%d %H:%M:%S%.f%#z", "%Y-%m-%dT%H:%M:%S%.f%#z")
 
 
@@ -242,7 +261,8 @@ def _valid_text(array: pa.Array, name: str) -> tuple[pa.Array, pl.Series | None]
                 values.append(None if raw is None else raw.decode())
                 problems.append(None)
             except UnicodeDecodeError:
-                values.append(raw.decode(errors="replace"))
+                # So that different bytes stay different names.
+                values.append(raw.decode(errors="backslashreplace"))
                 problems.append(f"column {name!r}: not valid UTF-8: {shown(raw)}")
         return pa.array(values, pa.large_string()), pl.Series(problems, dtype=pl.String)
 
@@ -270,7 +290,7 @@ def _image_column(
     none = pa.nulls(rows, pa.string())
     uid = none
     if uids is not None and uids in table.column_names:
-        uid = typed(table.select([uids]), {uids: pl.String}, file)[0][uids].to_arrow().cast(pa.string())
+        uid = typed(table.select([uids]), {uids: pl.String}, file, [uids])[0][uids].to_arrow().cast(pa.string())
     found = table[column].combine_chunks() if column in table.column_names else pa.nulls(rows, pa.binary())
     if pa.types.is_dictionary(found.type):
         found = found.dictionary_decode()
@@ -278,7 +298,9 @@ def _image_column(
     if pa.types.is_struct(found.type) and found.type.get_field_index("bytes") >= 0:
         paths = pc.struct_field(found, "path") if found.type.get_field_index("path") >= 0 else none
         found = pc.struct_field(found, "bytes")
-        uid = pc.coalesce(uid, paths.cast(pa.string()))
+        if not (pa.types.is_string(paths.type) or pa.types.is_large_string(paths.type) or pa.types.is_null(paths.type)):
+            raise SourceError(f"{file}: column {column!r}: expected the path as text, found {paths.type}")
+        uid = pc.coalesce(uid, _valid_text(paths, column)[0].cast(pa.string()))
     if pa.types.is_null(found.type):
         found = found.cast(pa.binary())
     if pa.types.is_integer(found.type):
@@ -317,7 +339,8 @@ def _image_column(
 
 
 def _named(found: pa.Array, keys: list[str], pictures: Pictures, uid: pa.Array) -> pa.Table:
-    names = _valid_text(found, "image")[0].to_pylist()
+    # An empty name is none.
+    names = [n or None for n in _valid_text(found, "image")[0].to_pylist()]
     read = {row["image_key"]: row for row in pictures.read(n for n in names if n is not None)}
     rows = []
     for key, name, own in zip(keys, names, uid.to_pylist(), strict=True):
@@ -331,7 +354,8 @@ def _from_base64(value: str | None) -> tuple[bytes | None, str | None]:
     if value is None or value.strip().lower() in _NULLS:
         return None, None
     try:
-        return binascii.a2b_base64(value, strict_mode=True), None
+        # Without the line breaks that some writers put in (RFC 2045).
+        return binascii.a2b_base64("".join(value.split()), strict_mode=True), None
     except (binascii.Error, ValueError) as error:
         return None, f"expected bytes or base64, found text {shown(value)} ({error})"
 

@@ -63,6 +63,11 @@ def _detected(name: str, location: str) -> str:
     raise SourceError(f"source {name!r}: {location} fits no layout. Found {seen}. Expected one of: {expected}")
 
 
+def forget() -> None:
+    """Forget which layouts were found, so that they are looked for again."""
+    _detected.cache_clear()
+
+
 def _samples(folder: Folder) -> list[Sample]:
     by_kind: dict[str, list[Sample]] = {}
     # Those highest up first: what lies in folders may be many files of another kind (HPDv2's benchmark/*.json).

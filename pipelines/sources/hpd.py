@@ -39,6 +39,8 @@ EXPECTED = (
     f"{list(FIELDS['test'])}; images in train/ and test/ or train.tar.gz and test.tar.gz"
 )
 CHUNK_RECORDS = 256
+LARGEST_GROUP = 100
+"""Images of a ranking: their pairs grow with the square."""
 Converted = tuple[list[dict[str, Any]], list[str]]
 """Votes of a record, and the images that it names."""
 
@@ -124,7 +126,7 @@ def json_fingerprint(source: SourceConfig, shard: Shard, base: str, convert: Cal
     for _, record in records.read_records(folder, shard.file, shard.start, shard.stop):
         try:
             names.update(convert(record)[1])
-        except BadRecord:
+        except (BadRecord, RecursionError):
             continue
     stats = Pictures.find(folder, base, LimitsConfig()).stats(names)
     return identity.fingerprint(shard=shard.fingerprint, images=stats)
@@ -152,6 +154,7 @@ def read_json(
     folder = Folder(source.location)
     pictures = Pictures.find(folder, base, limits)
     listed = records.read_records(folder, shard.file, shard.start, shard.stop)
+    seen: set[str] = set()
 
     def converted(numbered: Iterator[tuple[int, Any]]) -> tuple[list[dict[str, Any]], list[str], int]:
         votes, names, rows = [], [], 0
@@ -162,6 +165,9 @@ def read_json(
             except BadRecord as error:
                 votes.append(problem_vote(row, str(error), split=split))
                 continue
+            except RecursionError:
+                votes.append(problem_vote(row, "record: nested too deeply", split=split))
+                continue
             votes += [{**v, "source_row": row, "split": split} for v in made]
             names += named
         return votes, names, rows
@@ -170,7 +176,9 @@ def read_json(
         while part := list(islice(listed, CHUNK_RECORDS)):
             votes, names, rows = converted(iter(part))
             # Images first and in pieces, so that a group of large ones stays small in memory.
-            yield from _image_chunks(pictures.read(names))
+            # Records of one prompt share images; each is read once.
+            yield from _image_chunks(pictures.read(n for n in names if n not in seen))
+            seen.update(names)
             yield chunk([], votes, rows)
     else:
         votes, names, rows = converted(listed)
@@ -249,6 +257,7 @@ def _test(record: Any) -> Converted:
     files, raters, prompt = record["image_path"], record["raw_annotations"], record["prompt"]
     check_texts("image_path", files)
     check("image_path", len(files) > 1, "at least two images", files)
+    check("image_path", len(files) <= LARGEST_GROUP, f"at most {LARGEST_GROUP} images", files)
     is_raters = isinstance(raters, list) and len(raters) > 0 and all(isinstance(r, dict) for r in raters)
     check("raw_annotations", is_raters, "a list of objects with a rank", raters)
     # Of the content, not of the record's number: a repeated record is then seen to repeat the first.

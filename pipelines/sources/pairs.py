@@ -34,6 +34,7 @@ TYPES: dict[str, pl.DataType | type[pl.DataType]] = {
     "model_0": pl.String,
     "model_1": pl.String,
 }
+IDS = ("annotator", "group", "model_0", "model_1", "split")
 IMAGES = {"image_0": "image_0_uid", "image_1": "image_1_uid"}
 REQUIRED = ("prompt", *IMAGES, "label_0")
 EXPECTED = f"pairs: parquet with columns {list(REQUIRED)} and, where known, {[c for c in TYPES if c not in REQUIRED]}"
@@ -87,7 +88,7 @@ def read_shard(source: SourceConfig, shard: Shard, limits: LimitsConfig) -> Iter
         if piece.image is not None:
             yield images_only(columns.images_of(piece, {piece.image: IMAGES[piece.image]}, file, pictures, limits))
             continue
-        frame, problem = columns.typed(piece.table, TYPES, file)
+        frame, problem = columns.typed(piece.table, TYPES, file, IDS)
         is_odd = pl.col("split").is_not_null() & ~pl.col("split").is_in(_SPLITS)
         why = pl.concat_str(pl.lit(f"column 'split': expected one of {list(_SPLITS)}, found "), "split")
         frame = frame.with_columns(problem).with_row_index("row", offset=piece.start)

@@ -38,6 +38,7 @@ TYPES: dict[str, pl.DataType | type[pl.DataType]] = {
     "user_id": pl.String,
 }
 """Columns beside the images, and the types they are read as."""
+IDS = ("model_0", "model_1", "ranking_id", "user_id")
 IMAGES = {"jpg_0": "image_0_uid", "jpg_1": "image_1_uid"}
 REQUIRED = ("caption", "image_0_uid", "image_1_uid", "label_0")
 EXPECTED = f"pickapic: parquet with columns {list(REQUIRED)} and, with images, {list(IMAGES)}"
@@ -89,7 +90,7 @@ def read_shard(source: SourceConfig, shard: Shard, limits: LimitsConfig) -> Iter
         if piece.image is not None:
             yield images_only(columns.images_of(piece, {piece.image: IMAGES[piece.image]}, file, None, limits))
             continue
-        frame, problem = columns.typed(piece.table, TYPES, file)
+        frame, problem = columns.typed(piece.table, TYPES, file, IDS)
         frame = frame.with_columns(problem).with_row_index("row", offset=piece.start)
         row = pl.col("row").cast(pl.String)
         label_1 = pl.col("label_1") if "label_1" in piece.table.column_names else 1 - pl.col("label_0")

@@ -26,7 +26,7 @@ from pipelines.sources import (
     split_of,
     vote,
 )
-from pipelines.sources.pictures import TAR_ERRORS, forget, member_problem, require_end
+from pipelines.sources.pictures import TAR_ERRORS, forget, member_problem, open_tar
 
 IMAGES = ("jpg_0.jpg", "jpg_1.jpg")
 TEXTS = ("original_prompt.txt", "label_0.txt", "label_1.txt")
@@ -99,7 +99,7 @@ def _chunks(handle: IO[bytes], uri: str, shard: Shard, split: str | None, limits
     images: list[dict[str, Any]] = []
     votes: list[dict[str, Any]] = []
     rows = size = 0
-    with tarfile.open(fileobj=handle, mode="r:" if shard.is_seekable else "r|gz") as tar:
+    with open_tar(handle, is_compressed=not shard.is_seekable) as tar:
         for key, members in _samples(tar, uri, shard.is_seekable, limits):
             row = f"{shard.file}:{rows}"
             rows += 1
@@ -109,8 +109,6 @@ def _chunks(handle: IO[bytes], uri: str, shard: Shard, split: str | None, limits
             if size >= _CHUNK_BYTES:
                 yield chunk(images, votes, len(votes))
                 images, votes, size = [], [], 0
-        if shard.is_seekable:
-            require_end(handle, tar.offset, uri)
     yield chunk(images, votes, len(votes))
 
 

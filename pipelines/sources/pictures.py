@@ -10,23 +10,31 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gzip
 import os
 import posixpath
+import struct
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import fsspec
 
 from pipelines.config import LimitsConfig
-from pipelines.files import Folder, Stat, normal_name, unsafe_because
+from pipelines.files import Folder, Stat, is_gone, normal_name, unsafe_because
 from pipelines.sources import SourceError, image
 
 COMPRESSED = (".tar.gz", ".tgz")
-TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError)
+TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, LookupError, RecursionError, struct.error)
 """What reading a damaged archive raises; OSError also covers a bad gzip header or checksum."""
+_MAX_NAME_BYTES = 65_536
+_NAME_TYPES = (
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+)
+"""Members that hold names and other fields of the next one: tarfile reads them whole."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,49 @@ def member_problem(info: tarfile.TarInfo) -> str | None:
     """Return why a member must not be read: its name leaves the archive, or it is no plain file."""
     if why := unsafe_because(info.name):
         return f"its name is {why}"
-    return None if info.isreg() else "it is a link" if info.islnk() or info.issym() else "it is no plain file"
+    if info.isreg() and not info.issparse():
+        return None
+    return "it is a link" if info.islnk() or info.issym() else "it is no plain file"
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header: a damaged one, or none before the end marker, is an error; tarfile takes it for the end."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        try:
+            info = super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            why = "the archive ends without its end marker, so members may be missing" if len(buf) < 512 else "damaged"
+            raise tarfile.ReadError(f"{why}: {error}") from None
+        if info.size < 0 or (info.type in _NAME_TYPES and info.size > _MAX_NAME_BYTES):
+            raise tarfile.ReadError(f"a member of type {info.type!r} claims {info.size} bytes")
+        return info
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
+        info = super().fromtarfile(tar)
+        # An extended header may override the size: tarfile would go back and read for ever.
+        if info.size < 0:
+            raise tarfile.ReadError(f"a member claims {info.size} bytes")
+        return info
+
+
+@contextlib.contextmanager
+def open_tar(handle: IO[bytes], is_compressed: bool) -> Iterator[tarfile.TarFile]:
+    """Open an archive for reading from its first to its last member; the end of a compressed one is checked too."""
+    if not is_compressed:
+        with tarfile.open(fileobj=handle, mode="r:", tarinfo=_Header) as tar:
+            yield tar
+        return
+    # Not as tarfile's own stream, which takes the end of a cut file for the end of the archive.
+    with gzip.GzipFile(fileobj=handle, mode="rb") as stream:
+        with tarfile.open(fileobj=stream, mode="r:", tarinfo=_Header) as tar:
+            yield tar
+        while stream.read(1 << 20):
+            pass
 
 
 def forget(tar: tarfile.TarFile) -> None:
@@ -63,18 +113,11 @@ def forget(tar: tarfile.TarFile) -> None:
     tar.members = []  # type: ignore[attr-defined]
 
 
-def require_end(handle: IO[bytes], offset: int, uri: str) -> None:
-    """Raise unless the archive's end marker, a block of zeros, stands where the last member ended."""
-    handle.seek(max(0, offset - tarfile.BLOCKSIZE))
-    if b"\0" * tarfile.BLOCKSIZE not in handle.read(3 * tarfile.BLOCKSIZE):
-        raise SourceError(f"{uri}: the archive ends without its end marker, so members may be missing; fetch it again")
-
-
 @functools.lru_cache(maxsize=8)
 def _index(location: str, name: str, mark: str) -> dict[str, Member]:
     folder = Folder(location)
     try:
-        with folder.open(name) as handle, tarfile.open(fileobj=handle, mode="r:") as tar:
+        with folder.open(name) as handle, open_tar(handle, is_compressed=False) as tar:
             found = {}
             for info in tar:
                 if not info.isdir():
@@ -83,7 +126,6 @@ def _index(location: str, name: str, mark: str) -> dict[str, Member]:
             last = max((m.offset + m.size for m in found.values() if m.problem is None), default=0)
             if last > handle.seek(0, 2):
                 raise SourceError(f"{folder.uri(name)}: the archive ends in the middle of a member; fetch it again")
-            require_end(handle, tar.offset, folder.uri(name))
             return found
     except TAR_ERRORS as error:
         if isinstance(error, SourceError):
@@ -162,6 +204,9 @@ class Pictures:
                 data = handle.read(self.limits.max_image_bytes + 1)
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or str(error)
+            if not is_gone(error):
+                # Refused, or interrupted for a moment: kept as a status it would never heal.
+                raise SourceError(f"{uri}: cannot be read ({why}); ingest again when it can") from error
             return self._row(name, status="missing", reason=f"{uri}: {why}", uri=uri)
         if len(data) > self.limits.max_image_bytes:
             return self._too_large(name, uri, "more")
@@ -185,6 +230,16 @@ class Pictures:
         stat = self.folder.stat(archive) or Stat(0, "")
         index = _index(self.folder.location, archive, f"{stat.size}/{stat.mark}")
         uri = self.folder.uri(archive)
+        try:
+            yield from self._members_in(archive, uri, index, names)
+        except TAR_ERRORS as error:
+            if isinstance(error, SourceError):
+                raise
+            raise SourceError(f"{uri}: cannot be read ({error}); ingest again when it can") from error
+
+    def _members_in(
+        self, archive: str, uri: str, index: dict[str, Member], names: list[str]
+    ) -> Iterator[dict[str, Any]]:
         with self.folder.open(archive) as handle:
             for name in names:
                 stored = (
@@ -205,34 +260,36 @@ class Pictures:
                     yield self._row(name, bytes=data, uri=uri, offset=member.offset, length=member.size)
 
     def _stream(self, archive: str, names: list[str]) -> Iterator[dict[str, Any]]:
-        by_member: dict[str, str] = {}
+        by_member: dict[str, list[str]] = {}
         waiting = dict.fromkeys(names)
         for name in names:
             if not unsafe_because(name):
                 for member in self._member_names(name):
-                    by_member.setdefault(member, name)
+                    by_member.setdefault(member, []).append(name)
         uri = self.folder.uri(archive)
         try:
-            with self.folder.open(archive) as handle, tarfile.open(fileobj=handle, mode="r|gz") as tar:
+            with self.folder.open(archive) as handle, open_tar(handle, is_compressed=True) as tar:
                 for info in tar:
                     forget(tar)
-                    known = by_member.get(_stored(info.name))
-                    if known is None or known not in waiting:
+                    # Several spellings may name one member.
+                    called = [n for n in by_member.get(_stored(info.name), ()) if n in waiting]
+                    if not called or info.isdir():
                         continue
-                    name = known
-                    del waiting[name]
+                    for name in called:
+                        del waiting[name]
                     problem = member_problem(info)
                     if problem is not None:
-                        yield self._row(name, status="refused", reason=f"{uri}, member {info.name!r}: {problem}")
+                        why = f"{uri}, member {info.name!r}: {problem}"
+                        yield from (self._row(n, status="refused", reason=why) for n in called)
                     elif info.size > self.limits.max_image_bytes:
-                        yield self._too_large(name, uri, info.size)
+                        yield from (self._too_large(n, uri, info.size) for n in called)
                     else:
                         handle_of = tar.extractfile(info)
                         assert handle_of is not None
                         data = handle_of.read()
                         if len(data) < info.size:
                             raise SourceError(f"{uri}: the archive ends within member {info.name!r}; fetch it again")
-                        yield self._row(name, bytes=data, uri=uri)
+                        yield from (self._row(n, bytes=data, uri=uri) for n in called)
         except TAR_ERRORS as error:
             if isinstance(error, SourceError):
                 raise

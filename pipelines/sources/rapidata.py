@@ -88,7 +88,7 @@ def _votes(row: str, record: dict[str, Any], names: list[str | None]) -> list[di
         "model_second": record["model2"],
         "group": identity.fingerprint(record=record, images=names),
     }
-    if any(c is not None and (c < 0 or not math.isfinite(c)) for c in counts):
+    if any(c is not None and (c < 0 or not math.isfinite(c) or c >= 2**62) for c in counts):
         return [problem_vote(row, f"votes_image1, votes_image2: expected counts, found {shown(counts)}", **fields)]
     total = sum(c or 0 for c in counts)
     if None in counts or total == 0:

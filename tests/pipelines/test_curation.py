@@ -79,7 +79,9 @@ def table():
     result = curation.preferences(
         pairs=pairs_with_humans(),
         prompts=pl.LazyFrame({"prompt_id": ["p", "q"], "prompt": ["a cat", "a dog"], "split": ["train", "test"]}),
-        votes=pl.LazyFrame(votes, schema={"pair_id": pl.String, "label_0": pl.Float64}, orient="row").with_columns(count=1),
+        votes=pl.LazyFrame(votes, schema={"pair_id": pl.String, "label_0": pl.Float64}, orient="row").with_columns(
+            count=1
+        ),
         vote_sources=pl.LazyFrame(
             [(n, s) for n in VOTES for s in (("pap", "hpd", "pap") if n == "agreed" else ("pap",))],
             schema=["pair_id", "source"],

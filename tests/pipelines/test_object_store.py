@@ -52,8 +52,11 @@ class Server:
                 return inner(environ, start_response)
             self.refused.append(" ".join(asked))
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-            start_response("403 Forbidden", [("Content-Type", "application/xml")])
-            return [b"<Error><Code>AccessDenied</Code><Message>Access Denied by the test</Message></Error>"]
+            body = b"<Error><Code>AccessDenied</Code><Message>Access Denied by the test</Message></Error>"
+            if environ["REQUEST_METHOD"] == "HEAD":
+                body = b""
+            start_response("403 Forbidden", [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+            return [body]
 
         server.app = app
 
@@ -410,6 +413,35 @@ def test_an_upload_that_is_refused_ends_the_command_with_one_clear_line(
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1
     assert s3_store.location in error[0]
+
+
+def test_a_server_that_is_down_ends_the_command_with_one_line_that_names_the_store(
+    raw_folder, toml, client, monkeypatch, capsys
+):
+    other = Server()
+    other.stop()
+    file = toml(f"s3://{BUCKET}/down", raw_folder, ("pap",))
+    s3fs.S3FileSystem.clear_instance_cache()
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", other.url)
+        patch.setenv("AWS_MAX_ATTEMPTS", "1")
+        patch.setattr(s3fs.S3FileSystem, "retries", 1)
+        assert run("ingest", "--config", file) == 2
+    s3fs.S3FileSystem.clear_instance_cache()
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    assert error[0].startswith(f"error: s3://{BUCKET}/down: ")
+    assert other.url in error[0]
+
+
+def test_a_list_of_records_that_is_refused_fails_its_shard_and_is_not_taken_for_absent(own_raw, server, store):
+    (source,) = sources_in(own_raw("hpd")[0], ["hpd"])
+    with server.refusing(lambda method, path, _: path.endswith("/hpdv2/train.json")):
+        shard, *_ = ingest.list_source(source)
+        assert shard.file == "train.json"
+        with pytest.raises(SourceError, match=r"train\.json"):
+            ingest.ingest_shard(store, ingest.plan(source), shard)
+    assert store.manifests("votes") == []
 
 
 @pytest.mark.parametrize("name", ["pickapic", "pap", "tarred", "hpd"])

@@ -1,10 +1,12 @@
 """images.storage = reference: the store keeps where images lie and their sha256; the bytes are read from the source."""
 
 import base64
+import hashlib
 import io
 import json
 import shutil
 import tarfile
+from pathlib import Path
 
 import polars as pl
 import pyarrow as pa
@@ -245,8 +247,8 @@ def test_a_parquet_reference_names_row_group_row_and_column(both):
     with pq.ParquetFile(held["uri"][0]) as file:
         for row in held.iter_rows(named=True):
             cell = file.read_row_group(row["row_group"], [row["column"]]).column(0)[row["row"]].as_py()
-            assert schemas and row["sha256"].startswith(row["image_id"])
-            assert stored.hashlib.sha256(cell).hexdigest() == row["sha256"]
+            assert row["sha256"].startswith(row["image_id"])
+            assert hashlib.sha256(cell).hexdigest() == row["sha256"]
     assert source.location in held["uri"][0]
 
 
@@ -283,8 +285,6 @@ def files_of(source, *patterns):
 
 
 def stored_path(source):
-    from pathlib import Path
-
     return Path(source.location)
 
 
@@ -387,7 +387,7 @@ DAMAGES = {
         "webdataset",
         lambda s: reversed_tar(stored_path(s) / "train-00000.tar"),
         {"changed"},
-        False,
+        True,
     ),
     "webdataset, gone": ("webdataset", lambda s: (stored_path(s) / "train-00000.tar").unlink(), {"missing"}, True),
     "webdataset, cut": ("webdataset", lambda s: cut(stored_path(s) / "train-00000.tar"), {"changed", "missing"}, False),
@@ -398,7 +398,7 @@ DAMAGES = {
 def test_a_source_that_is_not_what_it_was_costs_a_status_and_never_gives_another_pictures_score(case, both, score):
     layout, damage, statuses, is_all = DAMAGES[case]
     source, copied, referred, keys = both(layout)
-    right = dict(((i, p), s) for i, p, s in score(copied, keys).select("image_id", "prompt_id", "score").iter_rows())
+    right = {(i, p): s for i, p, s in score(copied, keys).select("image_id", "prompt_id", "score").iter_rows()}
     damage(source)
     found = score(referred, keys)
     assert len(found) == len(right)
@@ -407,10 +407,12 @@ def test_a_source_that_is_not_what_it_was_costs_a_status_and_never_gives_another
     assert set(bad["status"]) <= statuses
     assert bad["score"].null_count() == len(bad)
     assert bad["reason"].null_count() == 0
-    uris = dict(referred.scan(schemas.IMAGES).select("image_id", "uri").collect().iter_rows())
+    # An image can lie in several places.
+    uris = referred.scan(schemas.IMAGES).group_by("image_id").agg("uri").collect()
+    uris = {image: tuple(named) for image, named in uris.iter_rows()}
     for row in bad.iter_rows(named=True):
         assert row["reason"].startswith(uris[row["image_id"]]), "the reason names the file"
-        assert len(row["reason"]) > len(uris[row["image_id"]]) + 10, "and says what is wrong with it"
+        assert max(len(row["reason"]) - len(u) for u in uris[row["image_id"]]) > 10, "and says what is wrong with it"
     for row in found.filter(pl.col("status") == "ok").iter_rows(named=True):
         assert row["score"] == pytest.approx(right[row["image_id"], row["prompt_id"]], abs=1e-6)
 
@@ -424,17 +426,17 @@ def test_ingesting_again_after_a_change_heals_the_references(both, score):
 
 
 def test_a_file_that_may_not_be_read_for_now_fails_the_step_instead_of_giving_a_status(both, monkeypatch):
-    source, _, referred, keys = both("webdataset")
+    _, _, referred, keys = both("webdataset")
 
     def refuse(uri):
         raise PermissionError(13, "Permission denied", uri)
 
     good = read_all(referred, keys[0])
-    with monkeypatch.context() as patch, pytest.raises(SourceError, match=r"train-00000\.tar: cannot be read"):
+    with monkeypatch.context() as patch:
         patch.setattr(stored, "open_uri", refuse)
-        read_all(referred, keys[0])
+        with pytest.raises(SourceError, match=r"train-00000\.tar: cannot be read"):
+            read_all(referred, keys[0])
     assert read_all(referred, keys[0]) == good
-    assert source.location
 
 
 # --- which storage is chosen ---------------------------------------------------------------------------------------
@@ -508,9 +510,9 @@ def test_a_source_that_grows_past_the_limit_keeps_its_old_shards_and_refers_to_t
         assert storage == "reference"
         assert [all(b.is_reused for b in tables.values()) for tables in built.values()] == [True] * index + [False]
         assert {t: store.require(t, old) for t in before} == before, "the old shard was not touched"
-    held = {k: store.read(schemas.IMAGES, k)["bytes"].null_count() for k in built}
-    assert list(held.values())[0] == 0
-    assert all(nulls > 0 for nulls in list(held.values())[1:])
+    nulls = [store.read(schemas.IMAGES, k)["bytes"].null_count() for k in built]
+    assert nulls[0] == 0
+    assert min(nulls[1:]) > 0
     assert set(score(store, list(built))["status"]) == {"ok"}
     # A shard whose file changes is read again and then follows what is chosen now.
     write_pickapic(folder, raw_rows[1:20], index=0, total=3)

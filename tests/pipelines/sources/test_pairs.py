@@ -192,6 +192,14 @@ def test_uids_of_ones_own_name_the_images(rows, read, id_of):
     }
 
 
+def test_a_uid_is_the_name_of_an_image_that_a_path_leads_to(read, tmp_path, pictures, id_of):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.jpg").write_bytes(pictures[0])
+    taken = read([named(image_0="a.jpg", image_1="b.jpg", image_0_uid="first", image_1_uid="second")])
+    names = dict(taken.store.scan(schemas.IMAGE_NAMES).collect().select("uid", "image_id").rows())
+    assert names == {"first": id_of(pictures[0]), "second": identity.image_id_of_uid("mine", "second")}
+
+
 def test_a_row_that_lacks_an_image_has_no_pair(rows, read):
     rows[1]["image_1"] = None
     taken = read(rows)
@@ -266,8 +274,8 @@ def test_a_label_of_another_type_is_a_label(read, label_for, label):
 @pytest.mark.parametrize(
     ("counts", "status", "reason"),
     [
-        ([2, 0, None], ["ok", "invalid_label", "ok"], "expected a count of at least 1, found 0"),
-        ([2, -3, None], ["ok", "invalid_label", "ok"], "expected a count of at least 1, found -3"),
+        ([2, 0, None], ["ok", "invalid_label", "ok"], "expected a count between 1 and 1000000000, found 0"),
+        ([2, -3, None], ["ok", "invalid_label", "ok"], "expected a count between 1 and 1000000000, found -3"),
         ([2.0, 2.5, None], ["ok", "unreadable", "ok"], "column 'count': expected a whole number, found 2.5"),
         ([2.0, 1e300, None], ["ok", "unreadable", "ok"], "column 'count': expected a whole number, found 1e+300"),
         (["2", "2.5", ""], ["ok", "unreadable", "ok"], "column 'count': expected a whole number, found '2.5'"),

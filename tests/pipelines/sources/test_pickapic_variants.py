@@ -182,6 +182,18 @@ def test_times_of_a_zone_and_of_every_spelling_are_stored_in_utc(rows, take, wri
     assert take(tmp_path / "zone").votes["created_at"].to_list() == [dt.datetime(2023, 7, 1, 12)]
 
 
+def test_has_label_may_be_any_spelling_of_true_and_false(rows, take, write_parquet, tmp_path):
+    words = ["True", "true", "1", "1.0", "False", "0", "0.0", "None"]
+    edited = [{**as_text(r), "label_0": "1", "label_1": "0", "has_label": w} for r, w in zip(rows, words, strict=True)]
+    write_parquet(tmp_path / "text" / FILE, edited, TEXT)
+    assert take(tmp_path / "text").status() == ["ok"] * 4 + ["unlabelled"] * 4
+    for kind, values in ((pa.int64(), (1, 0)), (pa.float64(), (1.0, 0.0))):
+        schema = PICKAPIC_SCHEMA.set(PICKAPIC_SCHEMA.get_field_index("has_label"), pa.field("has_label", kind))
+        edited = [{**r, "has_label": v} for r, v in zip(rows, values, strict=False)]
+        write_parquet(tmp_path / "numbers" / FILE, edited, schema)
+        assert take(tmp_path / "numbers").status() == ["ok", "unlabelled"]
+
+
 def test_without_label_1_the_second_label_is_what_the_first_leaves(rows, take, write_parquet, tmp_path):
     write_parquet(tmp_path / "both" / FILE, rows, PICKAPIC_SCHEMA)
     write_parquet(tmp_path / "one" / FILE, *without(rows, "label_1"))
@@ -240,9 +252,18 @@ def test_bytes_that_are_no_utf8_in_a_text_column_cost_their_row_alone(rows, take
     assert [taken.votes["prompt_id"][i] for i in (4, 5)] == [identity.prompt_id(rows[i]["caption"]) for i in (4, 5)]
 
 
-def test_an_image_text_that_is_no_base64_is_unreadable_and_known_by_its_uid(rows, take, write_parquet, tmp_path):
+def test_base64_with_line_breaks_is_read(rows, take, write_parquet, tmp_path, id_of):
+    edited = {**as_text(rows[0]), "jpg_0": base64.encodebytes(rows[0]["jpg_0"]).decode()}
+    write_parquet(tmp_path / "pap" / FILE, [edited], TEXT)
+    taken = take(tmp_path / "pap")
+    assert edited["jpg_0"].count("\n") > 2
+    assert set(taken.images["image_id"]) == {id_of(rows[0][f"jpg_{i}"]) for i in (0, 1)}
+
+
+@pytest.mark.parametrize("text", ["b'\\xff\\xd8'", "****", "/9j/!", "caf\u00e9"])
+def test_an_image_text_that_is_no_base64_is_unreadable_and_known_by_its_uid(rows, take, write_parquet, tmp_path, text):
     edited = [as_text(r) for r in rows]
-    edited[3]["jpg_0"] = "b'\\xff\\xd8'"
+    edited[3]["jpg_0"] = text
     write_parquet(tmp_path / "pap" / FILE, edited, TEXT)
     taken = take(tmp_path / "pap")
     uid = identity.image_id_of_uid("pickapic", rows[3]["image_0_uid"])

@@ -221,7 +221,7 @@ def test_a_tar_cut_between_two_members_is_seen_by_its_missing_end(rows, take, wr
     with tarfile.open(file) as tar:
         end = tar.getmembers()[10].offset
     file.write_bytes(file.read_bytes()[:end])
-    with pytest.raises(SourceError, match=r"0\.tar: the archive ends without its end marker"):
+    with pytest.raises(SourceError, match=r"0\.tar: .*the archive ends without its end marker"):
         take(tmp_path / "wds", "pickapic_webdataset")
 
 
