@@ -4,9 +4,10 @@ Generates one Pick-a-Pic shard (two images of about 168 KB a row, all different)
 process of its own:
 
     bare    pyarrow reads the shard in pieces, sha256 of every image, pyarrow writes the same columns again
+    lean    the same with the options that suit images: columns not buffered ahead, no dictionary, no compression
     ours    ingest_shard into a fresh store: the same bytes, plus ids, headers, statuses, prompts, votes, manifests
 
-Prints seconds, MB/s and the largest resident memory of each run, then medians and their ratio.
+Prints seconds, MB/s and the largest resident memory of each run, then medians and the throughput relative to the faster of bare and lean.
 """
 
 from __future__ import annotations
@@ -74,19 +75,21 @@ def generate(file: Path, megabytes: int, rows_per_group: int) -> int:
     return rows
 
 
-def bare(source: Path, target: Path) -> None:
+def bare(source: Path, target: Path, is_lean: bool = False) -> None:
     """Read, hash and rewrite with pyarrow alone."""
     import hashlib
 
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(source) as file:
+    reading = {"pre_buffer": False} if is_lean else {}
+    writing = {"compression": "none", "use_dictionary": False, "write_statistics": False} if is_lean else {}
+    with pq.ParquetFile(source, **reading) as file:
         writer = None
         for batch in file.iter_batches(64):
             for column in ("jpg_0", "jpg_1"):
                 for value in batch.column(column):
                     hashlib.sha256(value.as_buffer()).hexdigest()
-            writer = writer or pq.ParquetWriter(target / "bare.parquet", batch.schema)
+            writer = writer or pq.ParquetWriter(target / "bare.parquet", batch.schema, **writing)
             writer.write_batch(batch)
         if writer is not None:
             writer.close()
@@ -110,7 +113,7 @@ def run_once(what: str, source: Path, target: Path) -> None:
     import pipelines.ingest  # noqa: F401
 
     before = time.perf_counter()
-    (bare if what == "bare" else ours)(source, target)
+    ours(source, target) if what == "ours" else bare(source, target, is_lean=what == "lean")
     seconds = time.perf_counter() - before
     print(json.dumps({"seconds": seconds, "mib": _peak_mib()}))
 
@@ -143,7 +146,7 @@ def main() -> int:
             f"row groups of {options.rows_per_group}, {options.runs} alternating runs after one of each",
             flush=True,
         )
-        found: dict[str, list[dict[str, float]]] = {"bare": [], "ours": []}
+        found: dict[str, list[dict[str, float]]] = {"bare": [], "lean": [], "ours": []}
         for k in range(options.runs + 1):
             for what in found:
                 target = Path(folder) / what
@@ -162,9 +165,9 @@ def main() -> int:
             f"{what:5s} median {median[what]:.2f} s ({seconds[0]:.2f} to {seconds[-1]:.2f}), {size / median[what]:.0f} MB/s, "
             f"peak memory {memory:.0f} MiB"
         )
-    ratio, memory = median["bare"] / median["ours"], max(r["mib"] for r in found["ours"])
+    ratio, memory = min(median["bare"], median["lean"]) / median["ours"], max(r["mib"] for r in found["ours"])
     print(
-        f"ours / bare throughput: {ratio:.0%} (goal {GOAL_RATIO:.0%}); peak memory {memory:.0f} MiB (goal {GOAL_MEMORY_MIB})"
+        f"ours / the faster of the others: {ratio:.0%} (goal {GOAL_RATIO:.0%}); peak memory {memory:.0f} MiB (goal {GOAL_MEMORY_MIB})"
     )
     return 0 if ratio >= GOAL_RATIO and memory <= GOAL_MEMORY_MIB else 1
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import tempfile
@@ -20,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import fsspec
 import polars as pl
@@ -179,7 +178,7 @@ class Store:
         statuses: dict[str, int] = {}
         keys: list[pl.DataFrame] = []
         try:
-            with _HashedFile(staged) as sink:
+            with _HashedFile(staged) as file:
                 writer = None
                 try:
                     for frame in [frames] if isinstance(frames, pl.DataFrame) else frames:
@@ -188,11 +187,12 @@ class Store:
                         if "status" in arrow.column_names:
                             for pair in pc.value_counts(arrow["status"]).to_pylist():
                                 statuses[pair["values"]] = statuses.get(pair["values"], 0) + pair["counts"]
-                        writer = writer or _writer(sink, arrow.schema)
+                        writer = writer or _writer(file.sink, arrow.schema)
                         writer.write_table(arrow, row_group_size=_row_group_size(arrow))
+                        file.advance()
                     if writer is None:
                         arrow = _checked(table, table.empty())
-                        writer = _writer(sink, arrow.schema)
+                        writer = _writer(file.sink, arrow.schema)
                         writer.write_table(arrow)
                 finally:
                     if writer is not None:
@@ -202,7 +202,7 @@ class Store:
                 raise schemas.SchemaError(
                     f"table {table.name}, partition {partition}: {repeated} rows repeat the key {list(table.key)}"
                 )
-            content, size = sink.content, sink.size
+            content, size = file.content, file.size
             # Uncommitted first: a crash between the two files must not leave new rows under an old commit.
             self._uncommit(table.name, partition)
             self.publish(f"{table.name}/{partition}.parquet", staged)
@@ -429,48 +429,48 @@ def _checked(table: schemas.Table, frame: pl.DataFrame | pa.Table) -> pa.Table:
     return table.conform(frame).to_arrow(compat_level=pl.CompatLevel.oldest())
 
 
-def _writer(sink: io.RawIOBase, schema: pa.Schema) -> pq.ParquetWriter:
+def _writer(sink: pa.NativeFile, schema: pa.Schema) -> pq.ParquetWriter:
     # Encoded images and tensors are all different: a dictionary or the smallest of them helps nobody.
     plain = [f.name for f in schema if not pa.types.is_large_binary(f.type)]
     codecs = {f.name: "zstd" if f.name in plain else "none" for f in schema}
     return pq.ParquetWriter(sink, schema, compression=codecs, use_dictionary=plain, write_statistics=plain)
 
 
-class _HashedFile(io.RawIOBase):
-    """A new file whose sha256 is computed by a thread while it is written; `content` and `size` after closing."""
+class _HashedFile:
+    """A new file that arrow writes and a thread hashes behind it; `content` (sha256) and `size` after closing."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
+        self.sink = pa.OSFile(str(path), "wb")
+        self._behind = path.open("rb", buffering=0)
         self._digest = hashlib.sha256()
         self._thread = ThreadPoolExecutor(1)
-        self._last: Future[None] | None = None
+        self._jobs: list[Future[None]] = []
         self.size = 0
 
-    def writable(self) -> bool:
-        return True
+    def __enter__(self) -> Self:
+        return self
 
-    def write(self, data: Any) -> int:
-        # The writer reuses its buffer after this call.
-        block = bytes(data)
-        before, self._last = self._last, self._thread.submit(self._digest.update, block)
-        if before is not None:
-            before.result()
-        self._file.write(block)
-        self.size += len(block)
-        return len(block)
+    def __exit__(self, *error: object) -> None:
+        if not self.sink.closed:
+            self.sink.close()
+        self._jobs.append(self._thread.submit(self._hash, None))
+        self._thread.shutdown()
+        self._behind.close()
+        for job in self._jobs:
+            job.result()
 
-    def tell(self) -> int:
-        return self.size
+    def advance(self) -> None:
+        """Hash what is written so far."""
+        self._jobs.append(self._thread.submit(self._hash, self.sink.tell()))
 
-    def flush(self) -> None:
-        if not self._file.closed:
-            self._file.flush()
-
-    def close(self) -> None:
-        if not self.closed:
-            self._thread.shutdown()
-            self._file.close()
-            super().close()
+    def _hash(self, stop: int | None) -> None:
+        block = memoryview(bytearray(1 << 20))
+        while stop is None or self.size < stop:
+            wanted = len(block) if stop is None else min(len(block), stop - self.size)
+            if not (found := self._behind.readinto(block[:wanted])):
+                return
+            self._digest.update(block[:found])
+            self.size += found
 
     @property
     def content(self) -> str:

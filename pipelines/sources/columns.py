@@ -23,6 +23,7 @@ from pipelines.sources.pictures import Pictures
 
 PIECE_BYTES = 16_000_000
 _BUFFER = 1 << 20
+_LARGE_BYTES = 64_000_000
 _NULLS = ("", "none", "null", "nan", "nat", "<na>")
 _TRUE, _FALSE = ("true", "1", "1.0", "t", "yes"), ("false", "0", "0.0", "f", "no")
 Types = Mapping[str, pl.DataType | type[pl.DataType]]
@@ -107,6 +108,9 @@ def read_pieces(
                         raise SourceError(
                             f"{folder.uri(name)}: row group {group} holds {row} rows, its footer says {rows}"
                         )
+                    if column_bytes(file.metadata.row_group(group), columns) > _LARGE_BYTES:
+                        # Else the allocator keeps one column's dictionary page beside the next one's.
+                        pa.default_memory_pool().release_unused()
                 start += rows
     except (pa.ArrowException, OSError, ValueError) as error:
         if isinstance(error, SourceError):
@@ -116,9 +120,13 @@ def read_pieces(
 
 def piece_rows(group: pq.RowGroupMetaData, columns: Collection[str]) -> int:
     """Return how many rows of these columns of a row group are about 16 MB."""
+    return max(1, min(1024, PIECE_BYTES * group.num_rows // max(1, column_bytes(group, columns))))
+
+
+def column_bytes(group: pq.RowGroupMetaData, columns: Collection[str]) -> int:
+    """Return how large these columns of a row group are in memory."""
     chunks = [group.column(i) for i in range(group.num_columns)]
-    size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] in columns)
-    return max(1, min(1024, PIECE_BYTES * group.num_rows // max(1, size)))
+    return sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] in columns)
 
 
 def typed(piece: pa.Table, types: Types, file: str, ids: Collection[str] = ()) -> tuple[pl.DataFrame, pl.Series]:
