@@ -102,7 +102,10 @@ def ingested(context: dg.AssetExecutionContext, polyphony: Polyphony) -> Iterato
 def catalogue(context: dg.AssetExecutionContext, polyphony: Polyphony) -> Iterator[dg.MaterializeResult]:
     """What crosses shards: owners, splits, repeated votes, names, pairs and preference cycles."""
     store = polyphony.store
-    built = catalogue_of.build(store, polyphony.shard_keys(), polyphony.config.splits)
+    keys, absent = ingest.ingested(store, polyphony.shards())
+    if absent:
+        context.log.warning(f"{len(absent)} shards are not ingested and not in the catalogue: {', '.join(absent)}")
+    built = catalogue_of.build(store, keys, polyphony.config.splits)
     context.log.info(", ".join(f"{b.manifest.rows} {name.removeprefix('catalogue_')}" for name, b in built.items()))
     for table in CATALOGUE_TABLES:
         yield dg.MaterializeResult(asset_key=table.name, metadata=meta.of_builts(store, table, [built[table.name]]))
@@ -117,8 +120,10 @@ def catalogue(context: dg.AssetExecutionContext, polyphony: Polyphony) -> Iterat
 )
 def accounting(context: dg.AssetExecutionContext, polyphony: Polyphony) -> dg.MaterializeResult:
     """What came in per source, what counts, and what does not."""
-    store, shards = polyphony.store, polyphony.shards()
-    layouts = {name: how.source.layout for name, how in ingest.plans(polyphony.config, shards).items()}
+    store, listed = polyphony.store, polyphony.shards()
+    keys = set(catalogue_of.shard_keys(store))
+    shards = [s for s in listed if s.key in keys]
+    layouts = {name: how.source.layout for name, how in ingest.plans(polyphony.config, listed).items()}
     built = accounting_of.build(store, shards, layouts)
     report = store.read(schemas.ACCOUNTING)
     total = report.filter(pl.col("source") == accounting_of.ALL).row(0, named=True)

@@ -7,7 +7,7 @@ from assets import metadata as meta
 from assets.ingest import CATALOGUE_TABLES
 from assets.resources import Polyphony
 from assets.scores import score_key
-from pipelines import schemas, steps
+from pipelines import catalogue, schemas, steps
 from pipelines.config import Config
 
 _DEPENDENCIES = {
@@ -37,7 +37,7 @@ def _active_scores(config: Config) -> dg.AssetsDefinition:
 
         store = polyphony.store
         before = store.current_revisions()
-        revisions = batches.activate(store, polyphony.config, polyphony.shard_keys())
+        revisions = batches.activate(store, polyphony.config, catalogue.shard_keys(store))
         context.log.info(f"active revisions: {revisions}")
         return dg.MaterializeResult(
             metadata={
@@ -63,7 +63,7 @@ def _label(name: str, scores: list[dg.AssetKey]) -> dg.AssetsDefinition:
     )
     def label(context: dg.AssetExecutionContext, polyphony: Polyphony) -> dg.MaterializeResult:
         store = polyphony.store
-        built = getattr(steps.Labels(store, polyphony.config, polyphony.shard_keys()), name)()
+        built = getattr(steps.Labels(store, polyphony.config, catalogue.shard_keys(store)), name)()
         facts = _facts(name, store.scan(table))
         context.log.info(f"{built.manifest.rows} rows" + (", unchanged" if built.is_reused else ""))
         return dg.MaterializeResult(metadata={**meta.of_builts(store, table, [built]), **meta.numbers(facts)})

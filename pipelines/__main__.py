@@ -57,25 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
     if "world" in wanted and config.world is not None:
         written = raw.write_world(config.world_folder, config.world)
         say(f"small world in {config.world_folder}: " + ("written" if written else "unchanged"))
-    shards = ingest.list_shards(config)
-    keys = [s.key for s in shards]
-    failed: list[str] = []
-    if "ingest" in wanted:
-        plans = ingest.plans(config, shards)
-        for i, shard in enumerate(shards, 1):
-            try:
-                built = ingest.ingest_shard(store, plans[shard.source], shard, say)["votes"]
-                _tell(f"{i}/{len(shards)} votes {shard.key}", built)
-            except SourceError as error:
-                # The other shards are ingested before the command fails, so that one bad file costs one file.
-                failed.append(str(error))
-                say(f"votes {shard.key}: failed: {error}")
-        if failed:
-            raise SourceError(f"{len(failed)} of {len(shards)} shards failed: " + "; ".join(failed))
-        for name, built in catalogue.build(store, keys, config.splits).items():
-            _tell(name, built)
-        layouts = {name: how.source.layout for name, how in plans.items()}
-        _tell("accounting", accounting.build(store, shards, layouts))
+    store.clear_staging()
+    failed = _ingest(store, config) if "ingest" in wanted else []
+    # Later steps need the tables alone, not the raw files.
+    keys = catalogue.shard_keys(store) if {"score", "label"} & set(wanted) else []
     if "score" in wanted:
         from pipelines.scoring import batches, devices
 
@@ -93,7 +78,32 @@ def main(arguments: list[str] | None = None) -> int:
             _tell(name, getattr(labels, name)())
     views = store.write_views()
     say(f"tables: {store.location}; DuckDB views: {views}")
+    if failed:
+        raise SourceError(f"{len(failed)} shards failed, the others are ingested: " + "; ".join(failed))
     return 0
+
+
+def _ingest(store: Store, config: configuration.Config) -> list[str]:
+    """Ingest every shard, catalogue those that are ingested, account for them; return why the others failed."""
+    shards = ingest.list_shards(config)
+    plans = ingest.plans(config, shards)
+    failed: list[str] = []
+    for i, shard in enumerate(shards, 1):
+        try:
+            built = ingest.ingest_shard(store, plans[shard.source], shard, say)["votes"]
+            _tell(f"{i}/{len(shards)} votes {shard.key}", built)
+        except SourceError as error:
+            # One bad file costs one shard.
+            failed.append(str(error))
+            say(f"{i}/{len(shards)} votes {shard.key}: failed: {error}")
+    keys, absent = ingest.ingested(store, shards)
+    if absent:
+        say(f"not in the catalogue, because not ingested: {', '.join(absent)}")
+    for name, built in catalogue.build(store, keys, config.splits).items():
+        _tell(name, built)
+    layouts = {name: how.source.layout for name, how in plans.items()}
+    _tell("accounting", accounting.build(store, [s for s in shards if s.key in set(keys)], layouts))
+    return failed
 
 
 def _sql(store: Store, query: str | None) -> int:

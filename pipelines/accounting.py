@@ -28,7 +28,7 @@ def build(store: Store, shards: list[Shard], layouts: Mapping[str, str]) -> Buil
     """
     keys = [s.key for s in shards]
     inputs = [
-        *(store.require(t, k) for t in ("votes", "images") for k in keys),
+        *(m for t in ("votes", "images", "image_names") for m in store.require_all(t, keys)),
         *catalogue.require_current(store, keys),
     ]
     return store.build(
@@ -101,10 +101,17 @@ def _row(store: Store, source: str, keys: list[str], layout: str | None) -> dict
         )
         .collect()
     )
-    facts = [store.require("votes", k).extra for k in keys]
+    ambiguous = (
+        store.scan(schemas.CATALOGUE_NAMES)
+        .filter(pl.col("images") > 1)
+        .join(store.scan(schemas.IMAGE_NAMES, partitions=keys), on="named_id", how="semi")
+        .select(ambiguous_names=pl.len())
+        .collect()
+    )
+    facts = [m.extra for m in store.require_all("votes", keys)]
     row: dict[str, object] = {"source": source, "layout": layout, "shards": len(keys)}
     row |= {"rows": sum(f["rows_in"] for f in facts), "image_references": sum(f["images_in"] for f in facts)}
-    for frame in (sums, cycles, images, prompts):
+    for frame in (sums, cycles, images, prompts, ambiguous):
         row |= frame.row(0, named=True)
     pairs, people = sums["pairs"][0], sums["people"][0]
     row |= {

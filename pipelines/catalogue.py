@@ -15,7 +15,7 @@ import polars as pl
 from pipelines import identity, schemas
 from pipelines.config import SplitsConfig
 from pipelines.ingest import EVENT, RAW
-from pipelines.tables import Built, Manifest, Store
+from pipelines.tables import Built, Manifest, Store, StoreError
 
 CODE_VERSION = "3"
 TABLES = (
@@ -38,7 +38,7 @@ def build(store: Store, shard_keys: list[str], splits: SplitsConfig | None = Non
         tables.StoreError: a shard is not ingested.
     """
     splits = splits or SplitsConfig()
-    inputs = {t: [store.require(t, k) for k in shard_keys] for t in ("images", "image_names", "prompts", "votes")}
+    inputs = {t: store.require_all(t, shard_keys) for t in ("images", "image_names", "prompts", "votes")}
     parameters = {"shards": shard_keys}
     built: dict[str, Built] = {}
 
@@ -48,7 +48,7 @@ def build(store: Store, shard_keys: list[str], splits: SplitsConfig | None = Non
             schema, make, inputs=made_of, code_version=CODE_VERSION, parameters={**parameters, **more}
         )
 
-    table(schemas.CATALOGUE_NAMES, lambda: _names(store, shard_keys), ["image_names"])
+    table(schemas.CATALOGUE_NAMES, lambda: _names(store, shard_keys), ["image_names", "images"])
     table(schemas.CATALOGUE_VOTES, lambda: _votes(store, shard_keys), ["votes", "catalogue_names"])
     table(schemas.CATALOGUE_PAIRS, lambda: _pairs(store, shard_keys), ["votes", "catalogue_votes"])
     table(schemas.CATALOGUE_IMAGES, lambda: _images(store, shard_keys), ["images", "catalogue_names"])
@@ -68,10 +68,7 @@ def build(store: Store, shard_keys: list[str], splits: SplitsConfig | None = Non
 
 def _scan(store: Store, table: schemas.Table, shard_keys: list[str], columns: list[str]) -> pl.LazyFrame:
     """Return the columns of all shards, with the shard's key and its place in the order."""
-    return pl.concat(
-        store.scan(table, partitions=[key]).select(*columns, shard=pl.lit(key), place=pl.lit(i, pl.Int32))
-        for i, key in enumerate(shard_keys)
-    )
+    return store.scan_shards(table, shard_keys).select(*columns, "shard", "place")
 
 
 def _own(held: pl.LazyFrame, previous: pl.LazyFrame, key: list[str]) -> pl.DataFrame:
@@ -88,12 +85,16 @@ def _own(held: pl.LazyFrame, previous: pl.LazyFrame, key: list[str]) -> pl.DataF
 
 
 def _names(store: Store, shard_keys: list[str]) -> pl.DataFrame:
-    named = store.scan(schemas.IMAGE_NAMES, partitions=shard_keys)
+    named = _scan(store, schemas.IMAGE_NAMES, shard_keys, ["named_id", "image_id"])
+    status = _scan(store, schemas.IMAGES, shard_keys, ["image_id", "status"]).drop("place")
     return (
         # An image without bytes has the id of its name.
         named.filter(pl.col("image_id") != pl.col("named_id"))
+        .join(status, on=["image_id", "shard"], how="left")
+        .with_columns(is_bad=(pl.col("status") != "ok").fill_null(True))
+        .sort("is_bad", "image_id")
         .group_by("named_id")
-        .agg(images=pl.col("image_id").n_unique().cast(pl.Int64), image_id=pl.col("image_id").min())
+        .agg(images=pl.col("image_id").n_unique().cast(pl.Int64), image_id=pl.col("image_id").first())
         .select(list(schemas.CATALOGUE_NAMES.polars_schema))
         .sort("named_id")
         .collect()
@@ -111,10 +112,15 @@ def _images(store: Store, shard_keys: list[str]) -> pl.DataFrame:
 
 
 def _scorables(store: Store, shard_keys: list[str]) -> pl.DataFrame:
-    votes = pl.concat(
-        _resolved(store, [key]).select(*_KEYS, shard=pl.lit(key), place=pl.lit(i, pl.Int32))
-        for i, key in enumerate(shard_keys)
-    ).filter(pl.col("pair_id").is_not_null())
+    now = store.scan(schemas.CATALOGUE_VOTES).select(
+        "vote_id", *(pl.col(k).alias(f"{k}_now") for k in _KEYS), known=pl.lit(True)
+    )
+    votes = (
+        _scan(store, schemas.VOTES, shard_keys, ["vote_id", *_KEYS])
+        .join(now, on="vote_id", how="left")
+        .with_columns(pl.when("known").then(f"{k}_now").otherwise(k).alias(k) for k in _KEYS)
+        .filter(pl.col("pair_id").is_not_null())
+    )
     named = pl.concat(votes.select("prompt_id", "shard", "place", image_id=f"image_{i}_id") for i in (0, 1))
     # Only a shard that holds the bytes can score them.
     held = _scan(store, schemas.IMAGES, shard_keys, ["image_id"]).drop("place")
@@ -177,6 +183,10 @@ def _votes(store: Store, shard_keys: list[str]) -> pl.DataFrame:
     facts = facts.with_columns(
         is_flipped=flip,
         label_0=pl.when(flip).then(1 - pl.col("label_0")).otherwise("label_0"),
+        source_label_0=pl.when(flip).then(1 - pl.col("source_label_0")).otherwise("source_label_0"),
+        was_listed_second=pl.col("was_listed_second") ^ flip,
+        model_0=pl.when(flip).then("model_1").otherwise("model_0"),
+        model_1=pl.when(flip).then("model_0").otherwise("model_1"),
         is_moved=is_moved,
         # Rows of unknown people are one only within one file, whatever shards it is cut into.
         file=pl.col("source_row").str.replace(r":\d+$", ""),
@@ -233,8 +243,8 @@ def _moved(votes: pl.LazyFrame, names: pl.LazyFrame) -> pl.DataFrame:
     )
 
 
-def _resolved(store: Store, shard_keys: list[str]) -> pl.LazyFrame:
-    """Return all votes of the shards as they stand over all shards."""
+def resolved_votes(store: Store, shard_keys: list[str]) -> pl.LazyFrame:
+    """Return every vote as it stands over all shards: images known by name resolved to bytes, repetitions marked."""
     votes = store.scan(schemas.VOTES, partitions=shard_keys)
     frame = votes.join(store.scan(schemas.CATALOGUE_VOTES), on="vote_id", how="left", suffix="_now")
     is_changed, flip = pl.col("status_now").is_not_null(), pl.col("is_flipped").fill_null(False)
@@ -247,19 +257,15 @@ def _resolved(store: Store, shard_keys: list[str]) -> pl.LazyFrame:
         turned("label_0"),
         turned("source_label_0"),
         was_swapped=pl.col("was_swapped") ^ flip,
+        was_listed_second=pl.col("was_listed_second") ^ flip,
         model_0=pl.when(flip).then("model_1").otherwise("model_0"),
         model_1=pl.when(flip).then("model_0").otherwise("model_1"),
     ).select(list(schemas.VOTES.polars_schema))
 
 
-def resolved_votes(store: Store, shard_keys: list[str]) -> pl.LazyFrame:
-    """Return every vote as it stands over all shards: images known by name resolved to bytes, repetitions marked."""
-    return _resolved(store, shard_keys)
-
-
 def counted_votes(store: Store, shard_keys: list[str]) -> pl.LazyFrame:
     """Return the votes that count: status ok, over all shards."""
-    return _resolved(store, shard_keys).filter(pl.col("status") == "ok")
+    return resolved_votes(store, shard_keys).filter(pl.col("status") == "ok")
 
 
 PEOPLE = pl.col("count").fill_null(1)
@@ -269,7 +275,7 @@ PEOPLE = pl.col("count").fill_null(1)
 def _pairs(store: Store, shard_keys: list[str]) -> pl.DataFrame:
     is_ok = pl.col("status") == "ok"
     people = pl.when(is_ok).then(PEOPLE).otherwise(0)
-    votes = _resolved(store, shard_keys).filter(pl.col("pair_id").is_not_null())
+    votes = resolved_votes(store, shard_keys).filter(pl.col("pair_id").is_not_null())
     pairs = (
         votes.group_by(_KEYS)
         .agg(
@@ -317,7 +323,7 @@ def require_current(store: Store, shard_keys: list[str]) -> list[Manifest]:
     Raises:
         tables.StoreError: a table is missing or older than a shard.
     """
-    shards = {t: [store.require(t, k) for k in shard_keys] for t in ("votes", "images", "prompts", "image_names")}
+    shards = {t: store.require_all(t, shard_keys) for t in ("votes", "images", "prompts", "image_names")}
     needed = {
         "catalogue_names": ("image_names",),
         "catalogue_votes": ("votes",),
@@ -326,7 +332,27 @@ def require_current(store: Store, shard_keys: list[str]) -> list[Manifest]:
         "catalogue_prompts": ("votes", "prompts"),
         "catalogue_scorables": ("votes",),
     }
-    return [store.require_current(name, made_from=[m for t in of for m in shards[t]]) for name, of in needed.items()]
+    commits = []
+    for name, of in needed.items():
+        manifest = store.require_current(name, made_from=[m for t in of for m in shards[t]])
+        seen = {n.removeprefix(f"{of[0]}/") for n in manifest.inputs if n.startswith(f"{of[0]}/")}
+        if more := sorted(seen - set(shard_keys)):
+            raise StoreError(
+                f"{store.location}: {name} also holds shards that are no source's any more ({len(more)}: {more[:3]} ...); "
+                f"materialize the catalogue again (`python -m pipelines ingest`, or the asset in Dagster)"
+            )
+        commits.append(manifest)
+    return commits
+
+
+def shard_keys(store: Store) -> list[str]:
+    """Return the shards that the catalogue was made of, in its order: what every later step works on.
+
+    Raises:
+        tables.StoreError: there is no catalogue.
+    """
+    manifest = store.require(schemas.CATALOGUE_VOTES.name)
+    return [n.removeprefix("votes/") for n in manifest.inputs if n.startswith("votes/")]
 
 
 def require_images_and_scorables(store: Store, shard_key: str) -> None:

@@ -177,6 +177,10 @@ class Config(_Model):
             raise ValueError(f"scorers: the names {sorted(reserved)} are taken by columns of our own; choose others")
         if self.labels.tie_policy == "tie_breaker" and self.labels.tie_breaker not in {s.name for s in self.scorers}:
             raise ValueError(f"labels.tie_breaker: {self.labels.tie_breaker!r} is none of the scorers")
+        if "://" in self.home:
+            raise ValueError(
+                f"home: {self.home!r} is a URL; it holds runs and logs, set it to a local folder, and store to the URL"
+            )
         if self.training.backbone and self.training.backbone not in {b.name for b in self.backbones}:
             raise ValueError(f"training.backbone: {self.training.backbone!r} is none of the backbones")
         if self.evaluation.suite and self.evaluation.suite not in {s.name for s in self.prompt_suites}:

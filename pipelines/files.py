@@ -69,8 +69,10 @@ class Folder:
         """
         return _open_local(self.path(name)) if self.is_local else self.fs.open(self.path(name), "rb")
 
-    def files(self, suffixes: tuple[str, ...], depth: int = 3) -> dict[str, Stat]:
-        """Return the files with one of the suffixes in this folder and `depth` levels of folders, sorted by name.
+    def files(self, suffixes: tuple[str, ...]) -> dict[str, Stat]:
+        """Return the files with one of the suffixes in this folder and all below it, sorted by name.
+
+        Hidden files and folders are passed over.
 
         Raises:
             OSError: the folder is not there or may not be read.
@@ -81,16 +83,20 @@ class Folder:
         found: dict[str, Stat | None] = {}
         if self.is_local:
             # Links are followed: a hub's cache is made of them, and data folders often are one.
+            seen: set[str] = set()
             for base, folders, names in os.walk(self.root, followlinks=True):
                 here = os.path.relpath(base, self.root)
-                level = 0 if here == "." else here.count("/") + 1
-                folders[:] = [f for f in folders if not f.startswith(".")] if level < depth - 1 else []
+                # A link can lead back to a folder above it.
+                seen.add(os.path.realpath(base))
+                folders[:] = [
+                    f for f in folders if not f.startswith(".") and os.path.realpath(os.path.join(base, f)) not in seen
+                ]
                 for name in (n for n in names if n.endswith(suffixes) and not n.startswith(".")):
                     path = name if here == "." else f"{here}/{name}"
                     # A link that leads nowhere is listed, so that reading it says so.
                     found[path] = self.stat(path) or Stat(0, "")
         else:
-            for path, info in self.fs.find(self.root, maxdepth=depth, detail=True).items():
+            for path, info in self.fs.find(self.root, detail=True).items():
                 name = path[len(self.root) + 1 :]
                 if name.endswith(suffixes) and not any(part.startswith(".") for part in name.split("/")):
                     found[name] = _stat(info)

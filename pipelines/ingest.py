@@ -8,6 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -41,12 +42,12 @@ class Plan:
     limits: LimitsConfig
     is_storage_fixed: bool = True
 
-    def fingerprint(self, shard: Shard, storage: str) -> str:
-        """Return the fingerprint of what ingestion makes of the shard as its files are now."""
+    def fingerprint(self, files: str, storage: str) -> str:
+        """Return the fingerprint of what ingestion makes of a shard. files: the layout's fingerprint of it."""
         return identity.fingerprint(
             code_version=CODE_VERSION,
             schema_versions=[t.version for t in TABLES],
-            shard=LAYOUTS[self.source.layout].fingerprint(self.source, shard),
+            shard=files,
             source=self.source.name,
             location=self.source.location if storage == "reference" else None,
             layout=self.source.layout,
@@ -105,8 +106,7 @@ def list_shards(config: Config) -> list[Shard]:
         )
     detect.forget()
     shards = [s for source in config.sources for s in list_source(source)]
-    keys = [s.key for s in shards]
-    if repeated := sorted({k for k in keys if keys.count(k) > 1}):
+    if repeated := sorted(k for k, n in Counter(s.key for s in shards).items() if n > 1):
         raise SourceError(f"shard keys repeat: {repeated}; give the sources different names")
     return shards
 
@@ -119,6 +119,21 @@ def list_source(source: SourceConfig) -> list[Shard]:
             return LAYOUTS[source.layout].list_shards(source)
     except OSError as error:
         raise SourceError(f"source {source.name!r}: {source.location}: {error.strerror or error}") from error
+
+
+def ingested(store: Store, shards: Sequence[Shard]) -> tuple[list[str], list[str]]:
+    """Return the keys of the shards that are ingested, and of those that are not (a file may be damaged).
+
+    Raises:
+        SourceError: none is.
+    """
+    committed = {m.partition for m in store.manifests(schemas.VOTES.name)}
+    present = [s.key for s in shards if s.key in committed]
+    if not present:
+        raise SourceError(
+            f"{store.location}: no shard of the configured sources is ingested; run `python -m pipelines ingest`"
+        )
+    return present, [s.key for s in shards if s.key not in committed]
 
 
 def ingest_shard(
@@ -144,9 +159,10 @@ def _is_of_source(error: OSError, how: Plan) -> bool:
 
 
 def _ingest(store: Store, how: Plan, shard: Shard, progress: Callable[[str], None]) -> dict[str, Built]:
-    mark = how.fingerprint(shard, how.storage)
+    files = LAYOUTS[how.source.layout].fingerprint(how.source, shard)
+    mark = how.fingerprint(files, how.storage)
     # What auto chose for a source when it was smaller stays: nothing is read again only because a source grew.
-    marks = {mark} if how.is_storage_fixed else {how.fingerprint(shard, s) for s in ("copy", "reference")}
+    marks = {mark} if how.is_storage_fixed else {how.fingerprint(files, s) for s in ("copy", "reference")}
     existing = {t.name: store.manifest(t.name, shard.key) for t in TABLES}
     found = {None if m is None else m.fingerprint for m in existing.values()}
     if len(found) == 1 and found <= marks:
@@ -279,7 +295,7 @@ class _ShardReader:
 
     def _table(self, raw: pa.Table, columns: dict[str, list[Any]]) -> pa.Table:
         is_copied = self._how.storage == "copy"
-        places = ("uri", "row_group", "row", "column", "offset", "length")
+        places = ("uri", "row_group", "row", "image_column", "byte_offset", "byte_length")
         values: dict[str, Any] = {**columns}
         values["bytes"] = raw["bytes"] if is_copied else pa.nulls(len(raw), pa.large_binary())
         values |= {p: pa.nulls(len(raw), raw[p].type) if is_copied else raw[p] for p in places}
@@ -389,6 +405,7 @@ class _ShardReader:
             source_confidence="source_confidence",
             group_id=pl.lit(f"{source.family}:") + pl.col("group"),
             was_swapped=pl.when("is_display_order").then("swapped"),
+            was_listed_second="swapped",
             model_0=pl.when("swapped").then("model_second").otherwise("model_first"),
             model_1=pl.when("swapped").then("model_first").otherwise("model_second"),
             created_at="created_at",
@@ -417,7 +434,7 @@ RAW = (
         "count",
         "source_label_0",
         "source_confidence",
-        "was_swapped",
+        "was_listed_second",
     ),
     *("model_0", "model_1", "annotator_id", "group_id", "created_at", "rater"),
 )

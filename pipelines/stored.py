@@ -23,17 +23,21 @@ from pipelines.tables import Store
 
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, pa.ArrowException)
 """What reading a place raises where the file holds something else now: another type, fewer row groups, no parquet."""
-_PLACE = ["uri", "row_group", "row", "column", "offset", "length"]
+_PLACE = ["uri", "row_group", "row", "image_column", "byte_offset", "byte_length"]
 
 
 @dataclass(frozen=True)
 class StoredImage:
-    """One image: `data` is None unless status is ok (schemas.SCORE_STATUSES)."""
+    """One image: `data` is None unless status is ok (schemas.SCORE_STATUSES).
+
+    is_lost: ingestion had its bytes, and where it refers to they are no more, or others.
+    """
 
     image_id: str
     data: bytes | None
     status: str
     reason: str | None
+    is_lost: bool = False
 
 
 def read_images(store: Store, shard_key: str, wanted: Collection[str], batch: int) -> Iterator[list[StoredImage]]:
@@ -56,9 +60,11 @@ def read_images(store: Store, shard_key: str, wanted: Collection[str], batch: in
 def _images(store: Store, shard_key: str, wanted: Collection[str], batch: int) -> Iterator[StoredImage]:
     columns = ["image_id", "sha256", "bytes", "status", "reason", *_PLACE]
     referred: list[pl.DataFrame] = []
+    chosen = frozenset(wanted)
     with store.open_parquet(schemas.IMAGES, shard_key) as file:
         for piece in file.iter_batches(batch, columns=columns):
-            frame = pl.DataFrame(pl.from_arrow(piece)).filter(pl.col("image_id").is_in(list(wanted)))
+            frame = pl.DataFrame(pl.from_arrow(piece))
+            frame = frame.filter(pl.Series([i in chosen for i in frame["image_id"]], dtype=pl.Boolean))
             is_elsewhere = (pl.col("status") == "ok") & pl.col("bytes").is_null()
             for image_id, data, status, reason in (
                 frame.filter(~is_elsewhere).select(columns[0], *columns[2:5]).iter_rows()
@@ -69,10 +75,10 @@ def _images(store: Store, shard_key: str, wanted: Collection[str], batch: int) -
         digests = dict(rows.select("image_id", "sha256").iter_rows())
         for image_id, data, problem in _read(str(uri), rows):
             if data is None:
-                yield StoredImage(image_id, None, "missing", f"{uri}: {problem}")
+                yield StoredImage(image_id, None, "missing", f"{uri}: {problem}", is_lost=True)
             elif hashlib.sha256(data).hexdigest() != digests[image_id]:
                 why = f"{uri}: the bytes are not those that were ingested; ingest shard {shard_key} again"
-                yield StoredImage(image_id, None, "changed", why)
+                yield StoredImage(image_id, None, "changed", why, is_lost=True)
             else:
                 yield StoredImage(image_id, data, "ok", None)
 
@@ -81,7 +87,7 @@ def _read(uri: str, rows: pl.DataFrame) -> Iterator[tuple[str, bytes | None, str
     left = rows["image_id"].to_list()
     done: set[str] = set()
     try:
-        for image_id, data in _cells(uri, rows) if rows["column"].null_count() == 0 else _ranges(uri, rows):
+        for image_id, data in _cells(uri, rows) if rows["image_column"].null_count() == 0 else _ranges(uri, rows):
             done.add(image_id)
             yield image_id, data, None
         problem = "the row is not there any more"
@@ -95,7 +101,7 @@ def _read(uri: str, rows: pl.DataFrame) -> Iterator[tuple[str, bytes | None, str
 
 def _ranges(uri: str, rows: pl.DataFrame) -> Iterator[tuple[str, bytes]]:
     with open_uri(uri) as handle:
-        for image_id, offset, length in rows.select("image_id", "offset", "length").iter_rows():
+        for image_id, offset, length in rows.select("image_id", "byte_offset", "byte_length").iter_rows():
             handle.seek(offset or 0)
             yield image_id, handle.read() if length is None else handle.read(length)
 
@@ -103,7 +109,7 @@ def _ranges(uri: str, rows: pl.DataFrame) -> Iterator[tuple[str, bytes]]:
 def _cells(uri: str, rows: pl.DataFrame) -> Iterator[tuple[str, bytes]]:
     with open_uri(uri) as handle, pq.ParquetFile(handle, buffer_size=1 << 20, pre_buffer=False) as file:
         # One column at a time: see sources.columns.read_pieces.
-        for (group, column), part in rows.group_by("row_group", "column", maintain_order=True):
+        for (group, column), part in rows.group_by("row_group", "image_column", maintain_order=True):
             if group >= file.num_row_groups or column not in file.schema_arrow.names:
                 raise LookupError(f"it has no row group {group} with a column {column!r} any more")
             places = dict(part.select("row", "image_id").iter_rows())

@@ -145,7 +145,11 @@ class Store:
 
     @property
     def _staging(self) -> Path:
-        return Path(self._root) / "_staging" if self.is_local else Path(tempfile.gettempdir()) / "polyphony-staging"
+        return (
+            Path(self._root) / "_staging"
+            if self.is_local
+            else Path(tempfile.gettempdir()) / f"polyphony-staging-{os.getuid()}"
+        )
 
     def _staging_file(self) -> Path:
         self._staging.mkdir(parents=True, exist_ok=True)
@@ -246,6 +250,24 @@ class Store:
             )
         return manifest
 
+    def require_all(self, table: str, partitions: Sequence[str]) -> list[Manifest]:
+        """Return the commits of several partitions in this order, elsewhere than on a local disk many at once.
+
+        Raises:
+            StoreError: one is not there.
+        """
+        if self.is_local:
+            return [self.require(table, p) for p in partitions]
+        found = self._read_commits([f"{table}/{p}" for p in partitions])
+        return [m if m is not None else self.require(table, p) for m, p in zip(found, partitions, strict=True)]
+
+    def catalogued_shards(self) -> list[str] | None:
+        """Return the shards that the catalogue was made of, None before there is one."""
+        manifest = self.manifest(schemas.CATALOGUE_VOTES.name)
+        if manifest is None:
+            return None
+        return [n.removeprefix("votes/") for n in manifest.inputs if n.startswith("votes/")]
+
     def _uncommit(self, table: str, partition: str) -> None:
         name = f"{self._root}/_manifests/{table}/{partition}.json"
         if self._fs.exists(name):
@@ -323,6 +345,19 @@ class Store:
         files = [self._fs._strip_protocol(p) for p in paths]
         return pl.scan_pyarrow_dataset(pads.dataset(files, filesystem=self._fs, format="parquet"))
 
+    def scan_shards(self, table: schemas.Table, shard_keys: Sequence[str]) -> pl.LazyFrame:
+        """Return all rows of these shards with the columns `shard` and `place` (of the shard in this order)."""
+        if not self.is_local or not shard_keys:
+            parts = [self.scan(table, partitions=[k]).with_columns(shard=pl.lit(k)) for k in shard_keys]
+            frame = pl.concat(parts) if parts else table.empty().lazy().with_columns(shard=pl.lit(None, pl.String))
+        else:
+            # One scan of many files: a scan each would take a thread each.
+            files = {self.data_path(table.name, k): k for k in shard_keys}
+            frame = pl.scan_parquet(list(files), include_file_paths="shard")
+            frame = frame.with_columns(pl.col("shard").replace_strict(files, return_dtype=pl.String))
+        places = {k: i for i, k in enumerate(shard_keys)}
+        return frame.with_columns(place=pl.col("shard").replace_strict(places, return_dtype=pl.Int32))
+
     def read(self, table: schemas.Table, partition: str = WHOLE) -> pl.DataFrame:
         """Return one committed partition.
 
@@ -395,8 +430,13 @@ class Store:
     def write_views(self) -> str:
         """Write `views.sql` (DuckDB views over the committed, current partitions) and the data dictionary."""
         lines = ["-- DuckDB: .read views.sql, or duckdb.sql(open(...).read())"]
+        catalogued = self.catalogued_shards()
+        shards = None if catalogued is None else set(catalogued)
         for table in schemas.TABLES.values():
             partitions = [m.partition for m in self.manifests(table.name)]
+            if "shard" in table.cut_by and shards is not None:
+                # Tables of shards that are no source's any more stay until they are removed, but count no more.
+                partitions = [p for p in partitions if p.split("/")[-1] in shards]
             if table is schemas.SCORES:
                 current = self.current_revisions()
                 partitions = [

@@ -14,7 +14,7 @@ import torch
 from pipelines import catalogue, images, schemas, stored
 from pipelines.config import BackboneConfig
 from pipelines.identity import fingerprint
-from pipelines.tables import Built, Store
+from pipelines.tables import Built, Store, StoreError
 from trainers.backbones.stable_diffusion import StableDiffusionBackbone, digest
 
 CODE_VERSION = "1"
@@ -63,6 +63,10 @@ def cache_latents(store: Store, shard_key: str, backbone: Backbone, progress: Pr
         for batch in stored.read_images(store, shard_key, owned, ENCODE_BATCH):
             ids, pixels = [], []
             for image in batch:
+                if image.is_lost:
+                    raise StoreError(
+                        f"latents of {shard_key}: {image.reason}; make the source readable, or ingest the shard again"
+                    )
                 if image.data is None:
                     continue
                 try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipelines import ingest
+from pipelines import catalogue
 from pipelines.config import Config
 from pipelines.scoring import devices
 from pipelines.tables import Built, Store
@@ -26,8 +26,8 @@ class Training:
         self.backbone = caches.Backbone(config.backbone, self.device)
 
     def shard_keys(self) -> list[str]:
-        """Return the shards of all sources."""
-        return [s.key for s in ingest.list_shards(self.config)]
+        """Return the shards of the catalogue: training needs the tables alone, not the raw files."""
+        return catalogue.shard_keys(self.store)
 
     def latents(self, shard_key: str) -> Built:
         """Cache one shard's latents."""

@@ -53,7 +53,9 @@ def score_shard(
         where = partition(scorer.name, revision, shard_key)
         marks[scorer.name] = (where, _mark(owned, image_manifest.content, revision))
         existing = store.manifest("scores", where)
-        if existing is not None and existing.fingerprint == marks[scorer.name][1]:
+        # What could not be read then is tried again: the disk may have come back.
+        is_whole = existing is not None and not existing.extra.get("images_lost")
+        if existing is not None and is_whole and existing.fingerprint == marks[scorer.name][1]:
             built[scorer.name] = Built(existing, True)
         else:
             due.append(scorer)
@@ -66,7 +68,8 @@ def score_shard(
     active = [models[s.name] for s in due]
     frames: dict[str, list[pl.DataFrame]] = {s.name: [] for s in due}
     done = 0
-    for frame in _score(store, shard_key, owned, active, min(s.batch_size for s in due)):
+    lost: set[str] = set()
+    for frame in _score(store, shard_key, owned, active, min(s.batch_size for s in due), lost):
         for name, part in frame.items():
             frames[name].append(part)
             done += len(part)
@@ -82,7 +85,7 @@ def score_shard(
             partition=where,
             made_from=mark,
             inputs={f"images/{shard_key}": image_manifest.content},
-            extra=model.facts,
+            extra={**model.facts, "images_lost": len(lost)},
         )
         built[model.name] = Built(manifest, False)
     return built
@@ -113,10 +116,11 @@ def require_current(store: Store, config: Config, shard_keys: list[str]) -> None
     """
     by_owner = {key: part for (key,), part in _owned(store, shard_keys).collect().group_by("owner")}
     nothing = pl.DataFrame(schema={"image_id": pl.String, "prompt_id": pl.String})
+    contents = {m.partition: m.content for m in store.require_all("images", shard_keys)}
     for scorer in config.scorers:
         revision = checkpoints.revision(scorer)
         for key in shard_keys:
-            content = store.require("images", key).content
+            content = contents[key]
             # group_by does not promise an order within a group.
             owned = by_owner.get(key, nothing).sort("image_id", "prompt_id")
             manifest = store.manifest("scores", partition(scorer.name, revision, key))
@@ -136,9 +140,9 @@ def load(scorer: ScorerConfig, device: str) -> Any:
 
 
 def _score(
-    store: Store, shard_key: str, owned: pl.DataFrame, models: list[Any], batch: int
+    store: Store, shard_key: str, owned: pl.DataFrame, models: list[Any], batch: int, lost: set[str]
 ) -> Iterator[dict[str, pl.DataFrame]]:
-    """Yield, per batch of images, a frame of scores per model."""
+    """Yield, per batch of images, a frame of scores per model; add the images that cannot be read any more to `lost`."""
     import torch
 
     prompts: dict[str, list[tuple[str, str]]] = {}
@@ -157,6 +161,7 @@ def _score(
 
     with ThreadPoolExecutor(2) as pool:
         for rows in stored.read_images(store, shard_key, prompts.keys(), batch):
+            lost.update(r.image_id for r in rows if r.is_lost)
             decoded = list(pool.map(decode, rows))
             good = [(r.image_id, d[0]) for r, d in zip(rows, decoded, strict=True) if d[0] is not None]
             bad = [

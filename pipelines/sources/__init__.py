@@ -67,9 +67,9 @@ IMAGE_SCHEMA = pa.schema(
         ("uri", pa.string()),
         ("row_group", pa.int32()),
         ("row", pa.int64()),  # within the row group
-        ("column", pa.string()),
-        ("offset", pa.int64()),
-        ("length", pa.int64()),
+        ("image_column", pa.string()),
+        ("byte_offset", pa.int64()),
+        ("byte_length", pa.int64()),
     ]
 )
 VOTE_SCHEMA: dict[str, pl.DataType | type[pl.DataType]] = {

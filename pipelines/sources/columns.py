@@ -10,6 +10,7 @@ import binascii
 import posixpath
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
@@ -17,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.config import LimitsConfig
-from pipelines.files import Folder
+from pipelines.files import Folder, normal_name, unsafe_because
 from pipelines.sources import IMAGE_SCHEMA, SourceError, shown
 from pipelines.sources.pictures import Pictures
 
@@ -54,12 +55,6 @@ def column_names(folder: Folder, name: str) -> tuple[str, ...]:
             return tuple(file.schema_arrow.names)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _unreadable(folder, name, error) from error
-
-
-def count_rows(folder: Folder, name: str) -> int:
-    """Return how many rows a parquet file says it has."""
-    with folder.open(name) as handle, pq.ParquetFile(handle) as file:
-        return file.metadata.num_rows
 
 
 def _unreadable(folder: Folder, name: str, error: Exception) -> SourceError:
@@ -277,22 +272,22 @@ def _valid_text(array: pa.Array, name: str) -> tuple[pa.Array, pl.Series | None]
 
 def images_of(
     piece: Piece, columns: Mapping[str, str | None], file: str, pictures: Pictures | None, limits: LimitsConfig
-) -> pa.Table:
-    """Return the images (IMAGE_SCHEMA) of the columns {column: column of uids}, keys '<row of the file>:<column>'.
+) -> Iterator[pa.Table]:
+    """Yield the images (IMAGE_SCHEMA) of the columns {column: column of uids}, keys '<row of the file>:<column>'.
 
     A column holds bytes, datasets' image structs {bytes, path}, or text: base64 where `pictures` is None, else a path
-    in `pictures`, which is the image's uid too (a plain id is a path without a file).
+    in `pictures`, or an id where there is no such file. What lies in files comes in tables of about 16 MB.
 
     Raises:
         SourceError: a column is of another type.
     """
-    parts = [_image_column(piece, column, uids, file, pictures, limits) for column, uids in columns.items()]
-    return pa.concat_tables(parts)
+    for column, uids in columns.items():
+        yield from _image_column(piece, column, uids, file, pictures, limits)
 
 
 def _image_column(
     piece: Piece, column: str, uids: str | None, file: str, pictures: Pictures | None, limits: LimitsConfig
-) -> pa.Table:
+) -> Iterator[pa.Table]:
     table, rows = piece.table, len(piece.table)
     keys = [f"{piece.start + i}:{column}" for i in range(rows)]
     none = pa.nulls(rows, pa.string())
@@ -304,18 +299,22 @@ def _image_column(
         found = found.dictionary_decode()
     status, reason = none, none
     if pa.types.is_struct(found.type) and found.type.get_field_index("bytes") >= 0:
-        paths = pc.struct_field(found, "path") if found.type.get_field_index("path") >= 0 else none
-        found = pc.struct_field(found, "bytes")
-        if not (pa.types.is_string(paths.type) or pa.types.is_large_string(paths.type) or pa.types.is_null(paths.type)):
-            raise SourceError(f"{file}: column {column!r}: expected the path as text, found {paths.type}")
-        uid = pc.coalesce(uid, _valid_text(paths, column)[0].cast(pa.string()))
+        paths, found = struct_paths(found, column, file), pc.struct_field(found, "bytes")
+        if pictures is not None and found.null_count == rows and paths.null_count < rows:
+            yield from _named(paths, keys, pictures, uid)
+            return
+        # The path of bytes is no name: many writers call every file the same.
+        uid = pc.coalesce(uid, pc.if_else(pc.is_null(found), paths, none))
     if pa.types.is_null(found.type):
         found = found.cast(pa.binary())
     if pa.types.is_integer(found.type):
         found = found.cast(pa.string())
+    if pa.types.is_binary_view(found.type) or pa.types.is_string_view(found.type):
+        found = found.cast(pa.large_binary() if pa.types.is_binary_view(found.type) else pa.large_string())
     if pa.types.is_string(found.type) or pa.types.is_large_string(found.type):
         if pictures is not None:
-            return _named(found, keys, pictures, uid)
+            yield from _named(found, keys, pictures, uid)
+            return
         decoded = [_from_base64(v) for v in _valid_text(found, column)[0].to_pylist()]
         found = pa.array([d for d, _ in decoded], pa.large_binary())
         reason = pa.array([w if w is None else f"column {column!r}: {w}" for _, w in decoded], pa.string())
@@ -339,21 +338,45 @@ def _image_column(
         "uri": pa.array([file] * rows, pa.string()),
         "row_group": pa.array([piece.row_group] * rows, pa.int32()),
         "row": pa.array(range(piece.row, piece.row + rows), pa.int64()),
-        "column": pa.array([column] * rows, pa.string()),
-        "offset": pa.nulls(rows, pa.int64()),
-        "length": pa.nulls(rows, pa.int64()),
+        "image_column": pa.array([column] * rows, pa.string()),
+        "byte_offset": pa.nulls(rows, pa.int64()),
+        "byte_length": pa.nulls(rows, pa.int64()),
     }
-    return pa.Table.from_pydict(values, schema=IMAGE_SCHEMA)
+    yield pa.Table.from_pydict(values, schema=IMAGE_SCHEMA)
 
 
-def _named(found: pa.Array, keys: list[str], pictures: Pictures, uid: pa.Array) -> pa.Table:
-    # An empty name is none.
-    names = [n or None for n in _valid_text(found, "image")[0].to_pylist()]
-    read = {row["image_key"]: row for row in pictures.read(n for n in names if n is not None)}
-    rows = []
-    for key, name, own in zip(keys, names, uid.to_pylist(), strict=True):
-        row = dict(read[name]) if name is not None else dict.fromkeys(IMAGE_SCHEMA.names)
-        rows.append({**row, "image_key": key, "uid": own or name})
+def struct_paths(found: pa.Array, column: str, file: str) -> pa.Array:
+    """Return the paths of datasets' image structs, nulls where they have none.
+
+    Raises:
+        SourceError: the paths are no text.
+    """
+    if found.type.get_field_index("path") < 0:
+        return pa.nulls(len(found), pa.string())
+    paths = pc.struct_field(found, "path")
+    if not (pa.types.is_string(paths.type) or pa.types.is_large_string(paths.type) or pa.types.is_null(paths.type)):
+        raise SourceError(f"{file}: column {column!r}: expected the path as text, found {paths.type}")
+    return _valid_text(paths, column)[0].cast(pa.string())
+
+
+def _named(found: pa.Array, keys: list[str], pictures: Pictures, uids: pa.Array) -> Iterator[pa.Table]:
+    rows, size = [], 0
+    for key, name, own in zip(keys, _valid_text(found, "image")[0].to_pylist(), uids.to_pylist(), strict=True):
+        # An empty name is none.
+        row = next(pictures.read([name])) if name else dict.fromkeys(IMAGE_SCHEMA.names)
+        place = row["uid"]
+        is_file = row["bytes"] is not None or row["status"] == "too_large"
+        # A file is known by where it lies; a name without a file is an id, which must not meet some other folder's file.
+        uid = own or (f"file:{normal_name(place)}" if is_file and place else name or None)
+        rows.append({**row, "image_key": key, "uid": uid})
+        size += len(row["bytes"] or b"")
+        if size >= PIECE_BYTES:
+            yield _table_of(rows)
+            rows, size = [], 0
+    yield _table_of(rows)
+
+
+def _table_of(rows: list[dict[str, Any]]) -> pa.Table:
     columns = [pa.array([r[f.name] for r in rows], f.type) for f in IMAGE_SCHEMA]
     return pa.Table.from_arrays(columns, schema=IMAGE_SCHEMA)
 
@@ -366,6 +389,23 @@ def _from_base64(value: str | None) -> tuple[bytes | None, str | None]:
         return binascii.a2b_base64("".join(value.split()), strict_mode=True), None
     except (binascii.Error, ValueError) as error:
         return None, f"expected bytes or base64, found text {shown(value)} ({error})"
+
+
+def named_files(folder: Folder, name: str, columns: Collection[str], location: str) -> dict[str, Any] | None:
+    """Return what changes when an image file that a parquet file's columns name does; None where they hold bytes."""
+    with folder.open(name) as handle, pq.ParquetFile(handle) as file:
+        schema = file.schema_arrow
+        types = {c: schema.field(c).type for c in columns if schema.names.count(c) == 1}
+    types = {c: t.value_type if pa.types.is_dictionary(t) else t for c, t in types.items()}
+    is_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    texts = tuple(c for c, t in types.items() if any(is_kind(t) for is_kind in is_text))
+    if not texts:
+        return None
+    names: set[str] = set()
+    for piece in read_pieces(folder, name, texts, ()):
+        frame = typed(piece.table, dict.fromkeys(texts, pl.String), location)[0]
+        names |= {n for c in texts for n in frame[c].unique() if n is not None and not unsafe_because(n)}
+    return Pictures(folder, file_folder(name), None, LimitsConfig()).stats(names)
 
 
 def file_folder(name: str) -> str:

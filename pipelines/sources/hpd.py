@@ -101,7 +101,7 @@ def list_json(source: SourceConfig, parts: dict[str, tuple[str, str, int]], expe
                 )
             )
     if not shards:
-        found = sorted(n for n, _ in folder.files((".json", ".jsonl", ".parquet", ".tar", ".gz"), 1).items())
+        found = sorted(n for n, _ in folder.files((".json", ".jsonl", ".parquet", ".tar", ".gz")).items())
         raise SourceError(
             f"source {source.name!r}: nothing to read in {source.location}: expected {expected}; found {found}"
         )
@@ -173,7 +173,7 @@ def read_json(
         return votes, names, rows
 
     if pictures.is_seekable:
-        while part := list(islice(listed, CHUNK_RECORDS)):
+        for part in _parts(listed):
             votes, names, rows = converted(iter(part))
             # Images first and in pieces, so that a group of large ones stays small in memory.
             # Records of one prompt share images; each is read once.
@@ -181,9 +181,17 @@ def read_json(
             seen.update(names)
             yield chunk([], votes, rows)
     else:
-        votes, names, rows = converted(listed)
-        yield from _image_chunks(pictures.read(names))
-        yield chunk([], votes, rows)
+        # The archive gives its images in its own order: first all names, then the images, then the votes on them.
+        named = dict.fromkeys(n for part in _parts(listed) for n in converted(iter(part))[1])
+        yield from _image_chunks(pictures.read(named))
+        for part in _parts(records.read_records(folder, shard.file, shard.start, shard.stop)):
+            votes, _, rows = converted(iter(part))
+            yield chunk([], votes, rows)
+
+
+def _parts(listed: Iterator[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
+    while part := list(islice(listed, CHUNK_RECORDS)):
+        yield part
 
 
 def _image_chunks(images: Iterator[dict[str, Any]]) -> Iterator[RawChunk]:

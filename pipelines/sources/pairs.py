@@ -14,11 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import polars as pl
-import pyarrow as pa
 
 from pipelines import identity
 from pipelines.config import LimitsConfig, SourceConfig
-from pipelines.files import Folder, unsafe_because
+from pipelines.files import Folder
 from pipelines.sources import IMAGE_SCHEMA, VOTE_SCHEMA, RawChunk, Sample, Shard, columns, images_only, split_of
 from pipelines.sources.pickapic import list_parquet
 from pipelines.sources.pictures import Pictures
@@ -57,18 +56,19 @@ def list_shards(source: SourceConfig) -> list[Shard]:
 
 def fingerprint(source: SourceConfig, shard: Shard) -> str:
     """Return what changes when the file changes, or an image file that it names comes, goes or changes."""
+    return watched_fingerprint(source, shard, tuple(IMAGES))
+
+
+def watched_fingerprint(source: SourceConfig, shard: Shard, images: tuple[str, ...]) -> str:
+    """Return the fingerprint of a parquet file and of the files that its columns of images name.
+
+    Raises:
+        SourceError: the file is not readable parquet.
+    """
     folder = Folder(source.location)
-    names: set[str] = set()
-    for piece in columns.read_pieces(folder, shard.file, tuple(IMAGES), tuple(IMAGES)):
-        for column in IMAGES:
-            kind = piece.table[column].type
-            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-            if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-                text = columns.typed(piece.table.select([column]), {column: pl.String}, shard.file)[0]
-                names |= {n for n in text[column].unique() if n is not None and not unsafe_because(n)}
-    if not names:
-        return shard.fingerprint
-    return identity.fingerprint(shard=shard.fingerprint, images=_pictures(folder, shard, LimitsConfig()).stats(names))
+    columns.column_names(folder, shard.file)
+    named = columns.named_files(folder, shard.file, images, folder.uri(shard.file))
+    return shard.fingerprint if named is None else identity.fingerprint(shard=shard.fingerprint, images=named)
 
 
 def _pictures(folder: Folder, shard: Shard, limits: LimitsConfig) -> Pictures:
@@ -86,7 +86,9 @@ def read_shard(source: SourceConfig, shard: Shard, limits: LimitsConfig) -> Iter
     pictures = _pictures(folder, shard, limits)
     for piece in columns.read_pieces(folder, shard.file, tuple(TYPES), REQUIRED, IMAGES):
         if piece.image is not None:
-            yield images_only(columns.images_of(piece, {piece.image: IMAGES[piece.image]}, file, pictures, limits))
+            yield from map(
+                images_only, columns.images_of(piece, {piece.image: IMAGES[piece.image]}, file, pictures, limits)
+            )
             continue
         frame, problem = columns.typed(piece.table, TYPES, file, IDS)
         is_odd = pl.col("split").is_not_null() & ~pl.col("split").is_in(_SPLITS)

@@ -88,7 +88,9 @@ def read_shard(source: SourceConfig, shard: Shard, limits: LimitsConfig) -> Iter
     file, split = folder.uri(shard.file), split_of(shard.file, source.split)
     for piece in columns.read_pieces(folder, shard.file, tuple(TYPES), REQUIRED, IMAGES):
         if piece.image is not None:
-            yield images_only(columns.images_of(piece, {piece.image: IMAGES[piece.image]}, file, None, limits))
+            yield from map(
+                images_only, columns.images_of(piece, {piece.image: IMAGES[piece.image]}, file, None, limits)
+            )
             continue
         frame, problem = columns.typed(piece.table, TYPES, file, IDS)
         frame = frame.with_columns(problem).with_row_index("row", offset=piece.start)

@@ -148,7 +148,7 @@ def _member(
     data = handle.read()
     if len(data) < info.size:
         raise SourceError(f"{uri}: the archive ends within member {shown(info.name)}; fetch it again")
-    place = {"offset": info.offset_data, "length": info.size} if is_seekable else {}
+    place = {"byte_offset": info.offset_data, "byte_length": info.size} if is_seekable else {}
     return image("", bytes=data, uri=uri, **place)
 
 

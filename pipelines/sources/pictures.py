@@ -257,7 +257,7 @@ class Pictures:
                     data = handle.read(member.size)
                     if len(data) < member.size:
                         raise SourceError(f"{uri}: the archive ends within member {stored!r}; fetch it again")
-                    yield self._row(name, bytes=data, uri=uri, offset=member.offset, length=member.size)
+                    yield self._row(name, bytes=data, uri=uri, byte_offset=member.offset, byte_length=member.size)
 
     def _stream(self, archive: str, names: list[str]) -> Iterator[dict[str, Any]]:
         by_member: dict[str, list[str]] = {}

@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
 
 from pipelines import identity
 from pipelines.config import LimitsConfig, SourceConfig
 from pipelines.files import Folder
-from pipelines.sources import RawChunk, Sample, Shard, columns, problem_vote, shown, split_of, vote
+from pipelines.sources import RawChunk, Sample, Shard, columns, images_only, problem_vote, shown, split_of, vote
 from pipelines.sources import chunk as make_chunk
+from pipelines.sources.pairs import watched_fingerprint
 from pipelines.sources.pickapic import list_parquet
 from pipelines.sources.pictures import Pictures
 
@@ -54,8 +56,8 @@ def list_shards(source: SourceConfig) -> list[Shard]:
 
 
 def fingerprint(source: SourceConfig, shard: Shard) -> str:
-    """Return what changes when the file changes (images that it names by path lie beside it and are not watched)."""
-    return shard.fingerprint
+    """Return what changes when the file changes, or an image file that it names comes, goes or changes."""
+    return watched_fingerprint(source, shard, tuple(IMAGES))
 
 
 def read_shard(source: SourceConfig, shard: Shard, limits: LimitsConfig) -> Iterator[RawChunk]:
@@ -69,15 +71,23 @@ def read_shard(source: SourceConfig, shard: Shard, limits: LimitsConfig) -> Iter
     pictures = Pictures(folder, columns.file_folder(shard.file), None, limits)
     for piece in columns.read_pieces(folder, shard.file, (*TYPES, *IMAGES), REQUIRED):
         frame, problem = columns.typed(piece.table, TYPES, file)
-        images = columns.images_of(piece, IMAGES, file, pictures, limits)
-        # The structs' own paths are what detailed_results may call the images.
-        names = dict(zip(images["image_key"].to_pylist(), images["uid"].to_pylist(), strict=True))
+        names = [_names(piece, column, file) for column in IMAGES]
+        yield from map(images_only, columns.images_of(piece, IMAGES, file, pictures, limits))
         votes: list[dict[str, Any]] = []
         for i, (record, why) in enumerate(zip(frame.iter_rows(named=True), problem, strict=True), piece.start):
             row, keys = f"{shard.file}:{i}", [f"{i}:{column}" for column in IMAGES]
-            made = [problem_vote(row, why)] if why is not None else _votes(row, record, [names[k] for k in keys])
+            called = [record[path] or names[k][i - piece.start] for k, path in enumerate(IMAGES.values())]
+            made = [problem_vote(row, why)] if why is not None else _votes(row, record, called)
             votes += [{**v, "first_key": keys[0], "second_key": keys[1], "split": split} for v in made]
-        yield RawChunk(images, make_chunk([], votes, 0).votes, len(frame))
+        yield make_chunk([], votes, len(frame))
+
+
+def _names(piece: columns.Piece, column: str, file: str) -> list[str | None]:
+    """Return what detailed_results may call the images of a column: the structs' own paths, or the text."""
+    found = piece.table[column].combine_chunks()
+    if pa.types.is_struct(found.type):
+        return columns.struct_paths(found, column, file).to_pylist()
+    return found.to_pylist() if pa.types.is_string(found.type) else [None] * len(found)
 
 
 def _votes(row: str, record: dict[str, Any], names: list[str | None]) -> list[dict[str, Any]]:

@@ -1466,7 +1466,7 @@ parquet_case(
     Rows(3, "same_image same_image same_image", said="same bytes"),
 )
 parquet_case("images_large_binary", "pickapic", cast("jpg_0", pa.large_binary()), GOOD)
-parquet_case("images_binary_view", "pickapic", cast("jpg_0", pa.binary_view()), WRONG_TYPE)
+parquet_case("images_binary_view", "pickapic", cast("jpg_0", pa.binary_view()), GOOD)
 parquet_case("images_dictionary", "pickapic", lambda c: c.update(jpg_0=c["jpg_0"].dictionary_encode()), GOOD)
 parquet_case("images_fixed_binary", "pickapic", whole("jpg_0", pa.array([b"\xff\xd8"] * 3, pa.binary(2))), WRONG_TYPE)
 parquet_case("images_lists_of_numbers", "pickapic", whole("jpg_0", pa.array([[255, 216]] * 3)), WRONG_TYPE)
@@ -1631,7 +1631,7 @@ parquet_case(
     "image_struct_with_path_outside",
     "pairs",
     whole("image_0", lambda: pa.array([{"bytes": None, "path": "../secret.jpg"}] * 3)),
-    Rows(3, "ok ok ok", "no_bytes", "no bytes"),
+    Rows(3, "ok ok ok", "refused", "'..'"),
 )
 parquet_case(
     "image_paths_not_utf8",

@@ -8,7 +8,7 @@ import pytest
 from pipelines import accounting, catalogue, identity, ingest, schemas, steps
 from pipelines.config import Config, SourceConfig
 from pipelines.scoring import batches
-from pipelines.tables import Store
+from pipelines.tables import Store, StoreError
 from pipelines.world.raw import PICKAPIC_SCHEMA
 
 
@@ -291,3 +291,116 @@ def test_the_accounting_report_adds_up_to_the_raw_files(store, overlapping, raw_
     assert everything["split_conflicts"] == len({r["caption"] for r in rows[:14]} & {r["caption"] for r in rows[10:]})
     assert "| votes per pair |" in accounting.as_markdown(store.read(schemas.ACCOUNTING))
     assert accounting.plot(store.read(schemas.ACCOUNTING)).startswith(b"\x89PNG")
+
+
+# --- what a large store and a careless one need --------------------------------------------------------------------
+
+
+def test_the_same_pair_listed_the_other_way_round_is_another_row(store, tmp_path, raw_rows, write_hpd):
+    a, b = raw_rows[0]["jpg_0"], raw_rows[0]["jpg_1"]
+    records = [
+        {"human_preference": [1, 0], "prompt": "p", "file_path": ["a.jpg", "b.jpg"]},
+        {"human_preference": [0, 1], "prompt": "p", "file_path": ["b.jpg", "a.jpg"]},
+        {"human_preference": [1, 0], "prompt": "p", "file_path": ["a.jpg", "b.jpg"]},
+    ]
+    write_hpd(tmp_path / "hpd", records, {"a.jpg": a, "b.jpg": b})
+    source = SourceConfig(name="hpd", location=str(tmp_path / "hpd"))
+    (shard,) = ingest.list_source(source)
+    ingest.ingest_shard(store, ingest.plan(source), shard)
+    votes = store.read(schemas.VOTES, shard.key).sort("source_row")
+    assert votes["status"].to_list() == ["ok", "ok", "duplicate_of"]
+    assert votes["label_0"].n_unique() == 1
+
+
+def test_a_name_with_a_damaged_and_a_whole_image_stands_for_the_whole_one(store, tmp_path, raw_rows, write_pickapic):
+    import pyarrow as pa
+
+    row = raw_rows[0]
+    cut = row["jpg_0"][:-40]
+    write_pickapic(tmp_path / "v1", [{**row, "jpg_0": cut}])
+    write_pickapic(tmp_path / "v2", [row])
+    bare = pa.schema([f for f in PICKAPIC_SCHEMA if f.name not in ("jpg_0", "jpg_1")])
+    write_pickapic(tmp_path / "names", [{k: v for k, v in row.items() if k in bare.names}], schema=bare)
+    keys = []
+    for name in ("v1", "v2", "names"):
+        source = SourceConfig(name=name, layout="pickapic", location=str(tmp_path / name))
+        (shard,) = ingest.list_source(source)
+        ingest.ingest_shard(store, ingest.plan(source), shard)
+        keys.append(shard.key)
+    catalogue.build(store, keys)
+    names = store.read(schemas.CATALOGUE_NAMES)
+    found = names.row(by_predicate=pl.col("images") == 2, named=True)
+    assert found["image_id"] == identity.image_id_of_bytes(row["jpg_0"])[0]
+
+
+def test_shards_that_are_no_sources_any_more_leave_the_views_and_make_the_catalogue_old(
+    store, tmp_path, raw_rows, write_hpd
+):
+    records = [{"human_preference": [1, 0], "prompt": f"p{k}", "file_path": ["a.jpg", "b.jpg"]} for k in range(8)]
+    write_hpd(tmp_path / "hpd", records, {"a.jpg": raw_rows[0]["jpg_0"], "b.jpg": raw_rows[0]["jpg_1"]})
+    import duckdb
+
+    for size in (4, 3):
+        source = SourceConfig(name="hpd", location=str(tmp_path / "hpd"), records_per_shard=size)
+        shards = ingest.list_source(source)
+        for shard in shards:
+            ingest.ingest_shard(store, ingest.plan(source), shard)
+        catalogue.build(store, [s.key for s in shards])
+    assert len(store.manifests("votes")) > len(shards)
+    store.write_views()
+    with duckdb.connect() as connection:
+        connection.execute(store.read_text("views.sql"))
+        assert connection.execute("SELECT count(*) FROM votes").fetchone() == (8,)
+    keys = [s.key for s in shards]
+    assert catalogue.shard_keys(store) == keys
+    catalogue.require_current(store, keys)
+    with pytest.raises(StoreError, match="no source's any more"):
+        catalogue.require_current(store, keys[:-1])
+
+
+def test_the_file_of_another_folder_is_never_taken_for_a_missing_one(store, tmp_path, raw_rows):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    a, b = raw_rows[0]["jpg_0"], raw_rows[0]["jpg_1"]
+    for folder, files in (("x", {"2.jpg": b}), ("y", {"1.jpg": a, "2.jpg": b})):
+        (tmp_path / "own" / folder).mkdir(parents=True)
+        rows = [{"prompt": "p", "image_0": "1.jpg", "image_1": "2.jpg", "label_0": 1.0}]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "own" / folder / "pairs.parquet")
+        for name, data in files.items():
+            (tmp_path / "own" / folder / name).write_bytes(data)
+    source = SourceConfig(name="own", location=str(tmp_path / "own"))
+    shards = ingest.list_source(source)
+    for shard in shards:
+        ingest.ingest_shard(store, ingest.plan(source), shard)
+    catalogue.build(store, [s.key for s in shards])
+    votes = catalogue.resolved_votes(store, [s.key for s in shards]).collect()
+    assert votes["pair_id"].n_unique() == 2
+    whole = identity.image_id_of_bytes(a)[0]
+    with_whole = votes.filter((pl.col("image_0_id") == whole) | (pl.col("image_1_id") == whole))
+    assert with_whole["source_row"].to_list() == ["y/pairs.parquet:0"]
+
+
+def test_scores_of_images_that_were_away_are_made_when_they_are_back(store, tmp_path, raw_rows, write_hpd, tiny_config):
+    records = [{"human_preference": [1, 0], "prompt": "p", "file_path": ["a.jpg", "b.jpg"]}]
+    write_hpd(tmp_path / "hpd", records, {"a.jpg": raw_rows[0]["jpg_0"], "b.jpg": raw_rows[0]["jpg_1"]})
+    source = SourceConfig(name="hpd", location=str(tmp_path / "hpd"), storage="reference")
+    (shard,) = ingest.list_source(source)
+    ingest.ingest_shard(store, ingest.plan(source), shard)
+    catalogue.build(store, [shard.key])
+    scorers = [tiny_config.scorers[1]]
+    statuses = []
+    for is_there in (False, True, True):
+        here, away = tmp_path / "hpd" / "train", tmp_path / "away"
+        if is_there != here.exists():
+            away.rename(here) if is_there else here.rename(away)
+        built = batches.score_shard(store, shard.key, scorers)["clip"]
+        statuses.append((built.manifest.rows_by_status, built.is_reused))
+    assert statuses == [({"missing": 2}, False), ({"ok": 2}, False), ({"ok": 2}, True)]
+
+
+def test_files_in_any_depth_of_folders_are_found_and_a_link_that_leads_back_ends(tmp_path, raw_rows, write_pickapic):
+    write_pickapic(tmp_path / "raw" / "a" / "b" / "c" / "d", raw_rows[:2])
+    (tmp_path / "raw" / "a" / "again").symlink_to(tmp_path / "raw")
+    (shard,) = ingest.list_source(SourceConfig(name="pap", location=str(tmp_path / "raw")))
+    assert shard.file.startswith("a/b/c/d/data/")

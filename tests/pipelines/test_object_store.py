@@ -226,8 +226,8 @@ def test_images_can_stay_where_they_are_on_s3_and_are_read_from_there(raw_url, l
         held, copied = (s.read(schemas.IMAGES, key) for s in (s3_store, local[0]))
         assert held["bytes"].null_count() == len(held)
         assert all(uri.startswith(f"s3://{BUCKET}/raw/") for uri in held["uri"])
-        assert held.drop("bytes", "uri", "row_group", "row", "column", "offset", "length").equals(
-            copied.drop("bytes", "uri", "row_group", "row", "column", "offset", "length")
+        assert held.drop("bytes", "uri", "row_group", "row", "image_column", "byte_offset", "byte_length").equals(
+            copied.drop("bytes", "uri", "row_group", "row", "image_column", "byte_offset", "byte_length")
         )
         assert images_of(s3_store, key) == images_of(local[0], key)
         assert s3_store.read(schemas.VOTES, key).equals(local[0].read(schemas.VOTES, key))

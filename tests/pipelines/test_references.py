@@ -20,7 +20,7 @@ from pipelines.scoring import batches
 from pipelines.sources import SourceError
 from pipelines.tables import Store
 
-PLACE = ["uri", "row_group", "row", "column", "offset", "length"]
+PLACE = ["uri", "row_group", "row", "image_column", "byte_offset", "byte_length"]
 ROWS = 24
 
 
@@ -221,10 +221,10 @@ def test_references_are_kept_without_bytes_and_give_the_bytes_and_scores_of_copi
         assert all(here[p].null_count() == len(here) for p in PLACE)
         assert there["bytes"].null_count() == len(there)
         assert there["uri"].null_count() == 0
-        if there["column"].null_count() == 0:
+        if there["image_column"].null_count() == 0:
             assert there["row_group"].null_count() == there["row"].null_count() == 0
         elif name in ("hpd_tar", "webdataset"):
-            assert there["offset"].null_count() == there["length"].null_count() == 0
+            assert there["byte_offset"].null_count() == there["byte_length"].null_count() == 0
         assert_frame_equal(here.drop("bytes", *PLACE), there.drop("bytes", *PLACE))
         for table in (schemas.VOTES, schemas.PROMPTS, schemas.IMAGE_NAMES):
             assert copied.require(table.name, key).content == referred.require(table.name, key).content
@@ -246,7 +246,7 @@ def test_a_parquet_reference_names_row_group_row_and_column(both):
     assert held["row_group"].max() == (ROWS - 1) // 7
     with pq.ParquetFile(held["uri"][0]) as file:
         for row in held.iter_rows(named=True):
-            cell = file.read_row_group(row["row_group"], [row["column"]]).column(0)[row["row"]].as_py()
+            cell = file.read_row_group(row["row_group"], [row["image_column"]]).column(0)[row["row"]].as_py()
             assert row["sha256"].startswith(row["image_id"])
             assert hashlib.sha256(cell).hexdigest() == row["sha256"]
     assert source.location in held["uri"][0]

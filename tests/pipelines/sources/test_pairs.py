@@ -84,7 +84,7 @@ def test_structs_and_paths_and_large_types_give_the_votes_of_bytes(rows, picture
         ]
         assert_frame_equal(*images)
     assert set(taken["path"].store.scan(schemas.IMAGE_NAMES).collect()["uid"]) == {
-        f"./pictures//{i}.jpg" for i in range(3)
+        f"file:data/pictures/{i}.jpg" for i in range(3)
     }
 
 
@@ -139,16 +139,17 @@ def test_an_image_that_arrives_later_is_seen(read, tmp_path, pictures, id_of, ta
 def test_the_fingerprint_changes_when_a_named_image_comes(tmp_path, write_parquet, pictures, kind):
     from pipelines import ingest
     from pipelines.config import SourceConfig
+    from pipelines.sources import pairs
 
     table = pa.Table.from_pylist([named(image_0="a.jpg", image_1="b.jpg")])
     write_parquet(tmp_path / "mine" / "votes.parquet", table.set_column(1, "image_0", table["image_0"].cast(kind)))
     source = SourceConfig(name="mine", location=str(tmp_path / "mine"))
     how = ingest.plan(source)
     (shard,) = ingest.list_source(source)
-    before = how.fingerprint(shard, "copy")
-    assert how.fingerprint(shard, "copy") == before
+    before = pairs.fingerprint(how.source, shard)
+    assert pairs.fingerprint(how.source, shard) == before
     (tmp_path / "mine" / "a.jpg").write_bytes(pictures[0])
-    assert how.fingerprint(shard, "copy") != before
+    assert pairs.fingerprint(how.source, shard) != before
 
 
 @pytest.mark.parametrize(

@@ -61,15 +61,12 @@ def voters(*choices, key="votedFor"):
     return [{key: f"image{side}", "userId": f"user-{i}"} for i, side in enumerate(choices)]
 
 
-def test_image_structs_give_bytes_and_names(row, read, pictures, id_of):
+def test_image_structs_give_bytes_and_their_paths_are_no_names(row, read, pictures, id_of):
     taken = read([row((20, 6))])
     assert set(taken.images["image_id"]) == {id_of(d) for d in pictures[:2]}
     assert set(taken.images["status"]) == {"ok"}
-    names = taken.store.scan(schemas.IMAGE_NAMES).collect()
-    assert dict(names.select("uid", "image_id").rows()) == {
-        "flux/1.jpg": id_of(pictures[0]),
-        "sdxl/2.jpg": id_of(pictures[1]),
-    }
+    # Many writers call every file of a struct the same.
+    assert len(taken.store.scan(schemas.IMAGE_NAMES).collect()) == 0
 
 
 def test_counts_alone_become_a_row_per_side(row, read, pictures, id_of, label_for):
