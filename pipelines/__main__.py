@@ -9,6 +9,7 @@ python -m pipelines sql "SELECT ..."      query the tables with DuckDB, by their
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 
 import polars as pl
@@ -116,7 +117,8 @@ def _sql(store: Store, query: str | None) -> int:
         if not store.is_local:
             connection.register_filesystem(store.filesystem)
         connection.execute(store.read_text("views.sql"))
-        connection.sql(query).show()
+        # All columns, unless a terminal has no room for them.
+        connection.sql(query).show(max_width=shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000)
     return 0
 
 

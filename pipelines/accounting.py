@@ -150,8 +150,10 @@ def plot(report: pl.DataFrame) -> bytes:
             )
             left = [a + b for a, b in zip(left, share, strict=True)]
         axis.set_xlabel(f"% of {title}")
-        axis.invert_yaxis()
+        axis.set_xlim(0, 100)
         axis.legend(fontsize=6, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
+    # The axes share it, so it is turned once.
+    figure.axes[0].invert_yaxis()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90)
     return buffer.getvalue()

@@ -40,7 +40,9 @@ class SourceConfig(_Model):
     layout: Layout = pydantic.Field("auto", description="layout of the files; auto looks at their columns")
     location: str = pydantic.Field(description="folder of the raw files: a path or an fsspec URL")
     family: str = pydantic.Field(
-        "", description="prefix of annotator ids, shared by releases; 'pickapic' or 'hpd' by layout, else the name"
+        "",
+        description="whose annotators and image names these are, shared by releases of one dataset: 'pickapic' or 'hpd' by "
+        "layout, else the name; a dataset of your own in one of those layouts needs a family of its own",
     )
     split: Literal["train", "validation", "test"] | None = pydantic.Field(
         None, description="split of files whose names tell none; absent: the catalogue draws one by prompt"

@@ -171,21 +171,16 @@ def _ingest(store: Store, how: Plan, shard: Shard, progress: Callable[[str], Non
     chunks = LAYOUTS[how.source.layout].read_shard(how.source, shard, how.limits)
     reader = _ShardReader(how, chunks, lambda message: progress(f"{shard.key}: {message}"))
     built = {}
-    frames: dict[str, Callable[[], Any]] = {
-        "images": reader.image_tables,
-        "image_names": reader.names,
-        "prompts": reader.prompts,
-        "votes": reader.votes,
-    }
-    for table in TABLES:
-        if table is schemas.VOTES:
-            frame = reader.votes()
-            facts = {**reader.accounted(frame), "file": shard.file, "storage": how.storage}
-            manifest = store.write(table, frame, partition=shard.key, made_from=mark, extra=facts)
-        else:
-            manifest = store.write(table, frames[table.name](), partition=shard.key, made_from=mark)
-        built[table.name] = Built(manifest, False)
-    return built
+    for table, rows in (
+        (schemas.IMAGES, reader.image_tables),
+        (schemas.IMAGE_NAMES, reader.names),
+        (schemas.PROMPTS, reader.prompts),
+    ):
+        built[table.name] = Built(store.write(table, rows(), partition=shard.key, made_from=mark), False)
+    votes = reader.votes()
+    facts = {**reader.accounted(votes), "file": shard.file, "storage": how.storage}
+    manifest = store.write(schemas.VOTES, votes, partition=shard.key, made_from=mark, extra=facts)
+    return {**built, schemas.VOTES.name: Built(manifest, False)}
 
 
 def _ahead(items: Iterator[T], depth: int = 1) -> Iterator[T]:
