@@ -17,6 +17,7 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any, Self
 
@@ -30,6 +31,7 @@ COMPRESSED = (".tar.gz", ".tgz")
 TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, LookupError, RecursionError, struct.error)
 """What reading a damaged archive raises; OSError also covers a bad gzip header or checksum."""
 _MAX_NAME_BYTES = 65_536
+_REQUESTS = 16
 _NAME_TYPES = (
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
@@ -181,8 +183,13 @@ class Pictures:
     def read(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
         """Yield one row of IMAGE_SCHEMA per distinct name (its key); a compressed archive in its own order."""
         wanted = list(dict.fromkeys(names))
-        if self.archive is None:
+        if self.archive is None and self.folder.is_local:
             yield from (self._file(name) for name in wanted)
+        elif self.archive is None:
+            # Each is a request; a window of them is asked for at once, so that memory stays bounded.
+            with ThreadPoolExecutor(_REQUESTS) as pool:
+                for start in range(0, len(wanted), _REQUESTS):
+                    yield from pool.map(self._file, wanted[start : start + _REQUESTS])
         elif self.is_seekable:
             yield from self._members(self.archive, wanted)
         else:
