@@ -51,6 +51,20 @@ def report(store: Store, shards: list[Shard], layouts: Mapping[str, str]) -> pl.
 
 
 def _row(store: Store, source: str, keys: list[str], layout: str | None) -> dict[str, object]:
+    facts = [m.extra for m in store.require_all("votes", keys)]
+    return {
+        "source": source,
+        "layout": layout,
+        "shards": len(keys),
+        "rows": sum(f["rows_in"] for f in facts),
+        "image_references": sum(f["images_in"] for f in facts),
+        **_vote_sums(store, keys),
+        **_image_sums(store, keys),
+        **_prompt_sums(store, keys),
+    }
+
+
+def _vote_sums(store: Store, keys: list[str]) -> dict[str, object]:
     votes = catalogue.resolved_votes(store, keys)
     status, ok = pl.col("status"), pl.col("status") == "ok"
     named = ("ok", "unlabelled", "unreadable", "duplicate_of")
@@ -75,22 +89,38 @@ def _row(store: Store, source: str, keys: list[str], layout: str | None) -> dict
         .collect()
     )
     used = pl.concat(counted.select(image_id=f"image_{i}_id") for i in (0, 1))
-    reuse = used.select(uses=pl.len(), images=pl.col("image_id").n_unique()).collect().row(0)
-    # One image may be readable in one shard and known by name only in another.
+    uses, images = used.select(pl.len(), pl.col("image_id").n_unique()).collect().row(0)
+    pairs, people = sums["pairs"][0], sums["people"][0]
+    return {
+        **sums.row(0, named=True),
+        **cycles.row(0, named=True),
+        "votes_per_pair": people / pairs if pairs else None,
+        "image_reuse": uses / images if images else None,
+    }
+
+
+def _image_sums(store: Store, keys: list[str]) -> dict[str, object]:
+    names = store.scan(schemas.CATALOGUE_NAMES)
     images = (
+        # One image may be readable in one shard and known by name only in another.
         store.scan(schemas.IMAGES, partitions=keys)
         .select("image_id", "status")
-        .join(
-            store.scan(schemas.CATALOGUE_NAMES).select("named_id", now="image_id"),
-            left_on="image_id",
-            right_on="named_id",
-            how="left",
-        )
+        .join(names.select("named_id", now="image_id"), left_on="image_id", right_on="named_id", how="left")
         .group_by(pl.coalesce("now", "image_id"))
         .agg(is_ok=(pl.col("status") == "ok").any())
         .select(images=pl.len(), images_unusable=(~pl.col("is_ok")).sum())
         .collect()
     )
+    ambiguous = (
+        names.filter(pl.col("images") > 1)
+        .join(store.scan(schemas.IMAGE_NAMES, partitions=keys), on="named_id", how="semi")
+        .select(ambiguous_names=pl.len())
+        .collect()
+    )
+    return {**images.row(0, named=True), **ambiguous.row(0, named=True)}
+
+
+def _prompt_sums(store: Store, keys: list[str]) -> dict[str, object]:
     prompts = (
         store.scan(schemas.CATALOGUE_PROMPTS)
         .join(store.scan(schemas.PROMPTS, partitions=keys).select("prompt_id").unique(), on="prompt_id", how="semi")
@@ -99,26 +129,8 @@ def _row(store: Store, source: str, keys: list[str], layout: str | None) -> dict
             **{f"prompts_{s}": (pl.col("split") == s).sum() for s in schemas.SPLITS},
             split_conflicts=pl.col("is_conflict").sum(),
         )
-        .collect()
     )
-    ambiguous = (
-        store.scan(schemas.CATALOGUE_NAMES)
-        .filter(pl.col("images") > 1)
-        .join(store.scan(schemas.IMAGE_NAMES, partitions=keys), on="named_id", how="semi")
-        .select(ambiguous_names=pl.len())
-        .collect()
-    )
-    facts = [m.extra for m in store.require_all("votes", keys)]
-    row: dict[str, object] = {"source": source, "layout": layout, "shards": len(keys)}
-    row |= {"rows": sum(f["rows_in"] for f in facts), "image_references": sum(f["images_in"] for f in facts)}
-    for frame in (sums, cycles, images, prompts, ambiguous):
-        row |= frame.row(0, named=True)
-    pairs, people = sums["pairs"][0], sums["people"][0]
-    row |= {
-        "votes_per_pair": people / pairs if pairs else None,
-        "image_reuse": reuse[0] / reuse[1] if reuse[1] else None,
-    }
-    return row
+    return prompts.collect().row(0, named=True)
 
 
 def as_markdown(report: pl.DataFrame) -> str:

@@ -112,15 +112,7 @@ def _images(store: Store, shard_keys: list[str]) -> pl.DataFrame:
 
 
 def _scorables(store: Store, shard_keys: list[str]) -> pl.DataFrame:
-    now = store.scan(schemas.CATALOGUE_VOTES).select(
-        "vote_id", *(pl.col(k).alias(f"{k}_now") for k in _KEYS), known=pl.lit(True)
-    )
-    votes = (
-        _scan(store, schemas.VOTES, shard_keys, ["vote_id", *_KEYS])
-        .join(now, on="vote_id", how="left")
-        .with_columns(pl.when("known").then(f"{k}_now").otherwise(k).alias(k) for k in _KEYS)
-        .filter(pl.col("pair_id").is_not_null())
-    )
+    votes = _resolved(store, store.scan_shards(schemas.VOTES, shard_keys)).filter(pl.col("pair_id").is_not_null())
     named = pl.concat(votes.select("prompt_id", "shard", "place", image_id=f"image_{i}_id") for i in (0, 1))
     # Only a shard that holds the bytes can score them.
     held = _scan(store, schemas.IMAGES, shard_keys, ["image_id"]).drop("place")
@@ -175,18 +167,14 @@ def _votes(store: Store, shard_keys: list[str]) -> pl.DataFrame:
     facts = votes.select(
         "vote_id", "source", "source_row", "status", "reason", *_KEYS, *(c for c in RAW if c not in _KEYS)
     )
-    facts = facts.with_columns(pl.col("created_at")).join(moved.lazy(), on="vote_id", how="left", suffix="_now")
+    facts = facts.join(moved.lazy(), on="vote_id", how="left", suffix="_now")
     is_moved = pl.col("status_now").is_not_null()
     for column in (*_KEYS, "status", "reason"):
         facts = facts.with_columns(pl.when(is_moved).then(f"{column}_now").otherwise(column).alias(column))
     flip = pl.col("is_flipped").fill_null(False)
     facts = facts.with_columns(
+        **_turned(flip),
         is_flipped=flip,
-        label_0=pl.when(flip).then(1 - pl.col("label_0")).otherwise("label_0"),
-        source_label_0=pl.when(flip).then(1 - pl.col("source_label_0")).otherwise("source_label_0"),
-        was_listed_second=pl.col("was_listed_second") ^ flip,
-        model_0=pl.when(flip).then("model_1").otherwise("model_0"),
-        model_1=pl.when(flip).then("model_0").otherwise("model_1"),
         is_moved=is_moved,
         # Rows of unknown people are one only within one file, whatever shards it is cut into.
         file=pl.col("source_row").str.replace(r":\d+$", ""),
@@ -243,24 +231,31 @@ def _moved(votes: pl.LazyFrame, names: pl.LazyFrame) -> pl.DataFrame:
     )
 
 
-def resolved_votes(store: Store, shard_keys: list[str]) -> pl.LazyFrame:
-    """Return every vote as it stands over all shards: images known by name resolved to bytes, repetitions marked."""
-    votes = store.scan(schemas.VOTES, partitions=shard_keys)
+def _turned(flip: pl.Expr) -> dict[str, pl.Expr]:
+    """Return what a vote says of image_0 and image_1 when these change places."""
+    return {
+        **{c: pl.when(flip).then(1 - pl.col(c)).otherwise(c) for c in ("label_0", "source_label_0")},
+        "was_listed_second": pl.col("was_listed_second") ^ flip,
+        "model_0": pl.when(flip).then("model_1").otherwise("model_0"),
+        "model_1": pl.when(flip).then("model_0").otherwise("model_1"),
+    }
+
+
+def _resolved(store: Store, votes: pl.LazyFrame) -> pl.LazyFrame:
+    """Return these votes with their columns as they stand over all shards."""
+    columns = votes.collect_schema().names()
     frame = votes.join(store.scan(schemas.CATALOGUE_VOTES), on="vote_id", how="left", suffix="_now")
     is_changed, flip = pl.col("status_now").is_not_null(), pl.col("is_flipped").fill_null(False)
-
-    def turned(column: str) -> pl.Expr:
-        return pl.when(flip).then(1 - pl.col(column)).otherwise(column).alias(column)
-
     return frame.with_columns(
         *(pl.when(is_changed).then(f"{c}_now").otherwise(c).alias(c) for c in (*_KEYS, "status", "reason")),
-        turned("label_0"),
-        turned("source_label_0"),
+        **_turned(flip),
         was_swapped=pl.col("was_swapped") ^ flip,
-        was_listed_second=pl.col("was_listed_second") ^ flip,
-        model_0=pl.when(flip).then("model_1").otherwise("model_0"),
-        model_1=pl.when(flip).then("model_0").otherwise("model_1"),
-    ).select(list(schemas.VOTES.polars_schema))
+    ).select(columns)
+
+
+def resolved_votes(store: Store, shard_keys: list[str]) -> pl.LazyFrame:
+    """Return every vote as it stands over all shards: images known by name resolved to bytes, repetitions marked."""
+    return _resolved(store, store.scan(schemas.VOTES, partitions=shard_keys))
 
 
 def counted_votes(store: Store, shard_keys: list[str]) -> pl.LazyFrame:
@@ -351,8 +346,8 @@ def shard_keys(store: Store) -> list[str]:
     Raises:
         tables.StoreError: there is no catalogue.
     """
-    manifest = store.require(schemas.CATALOGUE_VOTES.name)
-    return [n.removeprefix("votes/") for n in manifest.inputs if n.startswith("votes/")]
+    store.require(schemas.CATALOGUE_VOTES.name)
+    return store.catalogued_shards() or []
 
 
 def require_images_and_scorables(store: Store, shard_key: str) -> None:

@@ -45,8 +45,7 @@ class Folder:
         self.location = location
         self.fs, root = fsspec.core.url_to_fs(location)
         self.root = root.rstrip("/")
-        protocol = self.fs.protocol
-        self.is_local = "file" in ([protocol] if isinstance(protocol, str) else protocol)
+        self.is_local = is_local(self.fs)
         # What was listed earlier in this process may have changed since: sizes and marks of then would cut or refuse reads.
         self.fs.invalidate_cache()
 
@@ -80,7 +79,7 @@ class Folder:
         self.fs.invalidate_cache()
         if not self.fs.isdir(self.root):
             raise FileNotFoundError(2, "no such folder", self.location)
-        found: dict[str, Stat | None] = {}
+        found: dict[str, Stat] = {}
         if self.is_local:
             # Links are followed: a hub's cache is made of them, and data folders often are one.
             seen: set[str] = set()
@@ -100,7 +99,7 @@ class Folder:
                 name = path[len(self.root) + 1 :]
                 if name.endswith(suffixes) and not any(part.startswith(".") for part in name.split("/")):
                     found[name] = _stat(info)
-        return {name: stat for name, stat in sorted(found.items()) if stat is not None}
+        return dict(sorted(found.items()))
 
     def stat(self, name: str) -> Stat | None:
         """Return a file's size and mark, or None if there is no such file.
@@ -131,6 +130,11 @@ class Folder:
                 listed |= {info["name"].rstrip("/"): info for info in self.fs.ls(folder, detail=True)}
         found = {n: listed.get(self.path(n)) for n in names}
         return {n: _stat(i) if i is not None and i.get("type") == "file" else None for n, i in found.items()}
+
+
+def is_local(fs: fsspec.AbstractFileSystem) -> bool:
+    """Return whether a filesystem is this machine's disk."""
+    return "file" in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol)
 
 
 def _stat(info: dict[str, Any]) -> Stat:

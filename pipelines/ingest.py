@@ -239,7 +239,6 @@ class _ShardReader:
         self._seen: set[str] = set()
         self._names: dict[tuple[str, str], str] = {}
         self._raw_votes: list[pl.DataFrame] = []
-        self._prompts: dict[str, str] = {}
         self._rows = self._images = 0
 
     def image_tables(self) -> Iterator[pa.Table]:
@@ -310,11 +309,11 @@ class _ShardReader:
 
     def prompts(self) -> pl.DataFrame:
         """Return the distinct prompts."""
+        prompts: dict[str, str] = {}
         for frame in self._raw_votes:
             known = frame.filter(pl.col("problem").is_null())["prompt"].drop_nulls().unique()
-            self._prompts |= {identity.prompt_id(p): identity.normalise_prompt(p) for p in known}
-        rows = sorted(self._prompts.items())
-        return pl.DataFrame(rows, schema=schemas.PROMPTS.polars_schema, orient="row")
+            prompts |= {identity.prompt_id(p): identity.normalise_prompt(p) for p in known}
+        return pl.DataFrame(sorted(prompts.items()), schema=schemas.PROMPTS.polars_schema, orient="row")
 
     def accounted(self, votes: pl.DataFrame) -> dict[str, int]:
         """Return the sums of what went in and came out.
@@ -352,38 +351,7 @@ class _ShardReader:
                 pl.col("prompt").replace_strict(prompts, return_dtype=pl.String, default=None)
             ),
         )
-        swapped = pl.col("first") > pl.col("second")
-        adds_up = (pl.col("label_first") + pl.col("label_second") - 1).abs() < 1e-9
-        is_known = pl.col("label_first").is_in(_RECOGNISED_LABELS)
-        found = pl.concat_str(
-            *(pl.col(f"label_{i}").cast(pl.String).fill_null("null") for i in ("first", "second")), separator=" / "
-        )
-        cases = [
-            (pl.col("problem").is_not_null(), "unreadable", pl.col("problem")),
-            (pl.col("prompt_id").is_null(), "no_prompt", pl.lit("the prompt is null")),
-            (
-                pl.col("first").is_null() | pl.col("second").is_null(),
-                "no_image",
-                pl.coalesce("first_unknown", "second_unknown", pl.lit("neither bytes nor uid of an image")),
-            ),
-            (pl.col("first") == pl.col("second"), "same_image", pl.lit("both images have the same bytes")),
-            (~pl.col("is_labelled"), "unlabelled", pl.lit("the source says that the row has no label")),
-            (
-                ~(is_known & adds_up).fill_null(False),
-                "invalid_label",
-                pl.concat_str(pl.lit("expected 1 / 0, 0.5 / 0.5 or 0 / 1, found "), found),
-            ),
-            (
-                ((pl.col("count") < 1) | (pl.col("count") > MAX_COUNT)).fill_null(False),
-                "invalid_label",
-                pl.concat_str(pl.lit(f"expected a count between 1 and {MAX_COUNT}, found "), pl.col("count")),
-            ),
-        ]
-        status, reason = pl.lit("ok"), pl.lit(None, pl.String)
-        for condition, name, why in reversed(cases):
-            status = pl.when(condition).then(pl.lit(name)).otherwise(status)
-            reason = pl.when(condition).then(why).otherwise(reason)
-        votes = votes.with_columns(status=status, reason=reason, swapped=swapped.fill_null(False))
+        votes = _with_status(votes).with_columns(swapped=(pl.col("first") > pl.col("second")).fill_null(False))
         is_ok = pl.col("status") == "ok"
         verdict = pl.col("source_label_first")
         frame = votes.select(
@@ -416,6 +384,41 @@ class _ShardReader:
         return frame.with_columns(pl.Series("pair_id", pairs, pl.String), pl.Series("vote_id", keys, pl.String)).select(
             list(schemas.VOTES.polars_schema)
         )
+
+
+def _with_status(votes: pl.DataFrame) -> pl.DataFrame:
+    """Return raw votes, their images and prompts known by ids, with status and reason: the first case that fits."""
+    adds_up = (pl.col("label_first") + pl.col("label_second") - 1).abs() < 1e-9
+    is_known = pl.col("label_first").is_in(_RECOGNISED_LABELS)
+    found = pl.concat_str(
+        *(pl.col(f"label_{i}").cast(pl.String).fill_null("null") for i in ("first", "second")), separator=" / "
+    )
+    cases = [
+        (pl.col("problem").is_not_null(), "unreadable", pl.col("problem")),
+        (pl.col("prompt_id").is_null(), "no_prompt", pl.lit("the prompt is null")),
+        (
+            pl.col("first").is_null() | pl.col("second").is_null(),
+            "no_image",
+            pl.coalesce("first_unknown", "second_unknown", pl.lit("neither bytes nor uid of an image")),
+        ),
+        (pl.col("first") == pl.col("second"), "same_image", pl.lit("both images have the same bytes")),
+        (~pl.col("is_labelled"), "unlabelled", pl.lit("the source says that the row has no label")),
+        (
+            ~(is_known & adds_up).fill_null(False),
+            "invalid_label",
+            pl.concat_str(pl.lit("expected 1 / 0, 0.5 / 0.5 or 0 / 1, found "), found),
+        ),
+        (
+            ((pl.col("count") < 1) | (pl.col("count") > MAX_COUNT)).fill_null(False),
+            "invalid_label",
+            pl.concat_str(pl.lit(f"expected a count between 1 and {MAX_COUNT}, found "), pl.col("count")),
+        ),
+    ]
+    status, reason = pl.lit("ok"), pl.lit(None, pl.String)
+    for condition, name, why in reversed(cases):
+        status = pl.when(condition).then(pl.lit(name)).otherwise(status)
+        reason = pl.when(condition).then(why).otherwise(reason)
+    return votes.with_columns(status=status, reason=reason)
 
 
 EVENT = ("annotator_id", "pair_id", "created_at")

@@ -29,6 +29,7 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from pipelines import schemas
+from pipelines.files import is_local
 from pipelines.identity import fingerprint
 
 STAGED_SECONDS = 86_400
@@ -76,7 +77,7 @@ class Store:
         # A listing that is kept would hide what other processes commit.
         options = {"use_listings_cache": False} if "://" in location and not location.startswith("file:") else {}
         self._fs, self._root = fsspec.core.url_to_fs(location, **options)
-        self.is_local = "file" in ([self._fs.protocol] if isinstance(self._fs.protocol, str) else self._fs.protocol)
+        self.is_local = is_local(self._fs)
 
     def __repr__(self) -> str:
         return f"Store({self.location!r})"

@@ -21,7 +21,9 @@ import polars as pl
 import pyarrow as pa
 
 from pipelines import identity
-from pipelines.files import Stat
+from pipelines.files import Folder, Stat
+
+COMPRESSED = (".tar.gz", ".tgz")
 
 
 class SourceError(ValueError):
@@ -177,6 +179,32 @@ def shard_key(source: str, name: str) -> str:
     if name not in (f"data/{clean}.parquet", f"{clean}.tar") or len(clean) > 120:
         clean = f"{clean[:100]}-{identity.fingerprint(name=name)[:8]}"
     return f"{source}.{clean}"
+
+
+def list_files(source: str, folder: Folder, suffixes: tuple[str, ...], expected: str) -> list[Shard]:
+    """Return one shard per file with one of the suffixes, anywhere below the folder of a source.
+
+    Raises:
+        SourceError: the folder cannot be listed or holds no such file.
+    """
+    try:
+        files = folder.files(suffixes)
+    except OSError as error:
+        raise SourceError(f"source {source!r}: {folder.location}: {error.strerror or error}") from error
+    if not files:
+        kind = suffixes[0].removeprefix(".")
+        raise SourceError(f"source {source!r}: no {kind} file below {folder.location}; expected {expected}")
+    return [
+        Shard(
+            shard_key(source, name),
+            source,
+            name,
+            file_mark(name, stat),
+            bytes=stat.size,
+            is_seekable=not name.endswith(COMPRESSED),
+        )
+        for name, stat in files.items()
+    ]
 
 
 def file_mark(name: str, stat: Stat, **more: Any) -> str:

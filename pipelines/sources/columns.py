@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import binascii
 import posixpath
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipelines import identity
 from pipelines.config import LimitsConfig
 from pipelines.files import Folder, normal_name, unsafe_because
-from pipelines.sources import IMAGE_SCHEMA, SourceError, shown
+from pipelines.sources import IMAGE_SCHEMA, VOTE_SCHEMA, RawChunk, Shard, SourceError, shown
 from pipelines.sources.pictures import Pictures
 
 PIECE_BYTES = 16_000_000
@@ -391,8 +392,37 @@ def _from_base64(value: str | None) -> tuple[bytes | None, str | None]:
         return None, f"expected bytes or base64, found text {shown(value)} ({error})"
 
 
-def named_files(folder: Folder, name: str, columns: Collection[str], location: str) -> dict[str, Any] | None:
-    """Return what changes when an image file that a parquet file's columns name does; None where they hold bytes."""
+def votes(
+    frame: pl.DataFrame, name: str, piece: Piece, images: Sequence[str], **values: str | pl.Expr | pl.Series
+) -> RawChunk:
+    """Return the rows of a piece as one vote each, on the images of two columns as displayed; `values`: VOTE_SCHEMA."""
+    row = pl.int_range(piece.start, piece.start + pl.len()).cast(pl.String)
+    defaults: dict[str, pl.Expr] = {
+        **{c: pl.lit(None) for c in VOTE_SCHEMA},
+        "source_row": pl.lit(f"{name}:") + row,
+        "first_key": row + f":{images[0]}",
+        "second_key": row + f":{images[1]}",
+        "rater": pl.lit(0),
+        "is_display_order": pl.lit(True),
+        "count": pl.lit(1),
+    }
+    rows = frame.select(**{**defaults, **values}).cast(pl.Schema(VOTE_SCHEMA))
+    return RawChunk(IMAGE_SCHEMA.empty_table(), rows, len(frame))
+
+
+def watched_fingerprint(folder: Folder, shard: Shard, images: tuple[str, ...]) -> str:
+    """Return the fingerprint of a parquet file and of the image files that its columns name.
+
+    Raises:
+        SourceError: the file is not readable parquet.
+    """
+    column_names(folder, shard.file)
+    named = _named_files(folder, shard.file, images)
+    return shard.fingerprint if named is None else identity.fingerprint(shard=shard.fingerprint, images=named)
+
+
+def _named_files(folder: Folder, name: str, columns: Collection[str]) -> dict[str, Any] | None:
+    """Return what changes when an image file that the columns name does; None where they hold bytes."""
     with folder.open(name) as handle, pq.ParquetFile(handle) as file:
         schema = file.schema_arrow
         types = {c: schema.field(c).type for c in columns if schema.names.count(c) == 1}
@@ -403,7 +433,7 @@ def named_files(folder: Folder, name: str, columns: Collection[str], location: s
         return None
     names: set[str] = set()
     for piece in read_pieces(folder, name, texts, ()):
-        frame = typed(piece.table, dict.fromkeys(texts, pl.String), location)[0]
+        frame = typed(piece.table, dict.fromkeys(texts, pl.String), folder.uri(name))[0]
         names |= {n for c in texts for n in frame[c].unique() if n is not None and not unsafe_because(n)}
     return Pictures(folder, file_folder(name), None, LimitsConfig()).stats(names)
 

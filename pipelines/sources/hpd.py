@@ -153,7 +153,6 @@ def read_json(
     """Yield a shard of records that `convert` turns into votes, with the images below `base` that they name."""
     folder = Folder(source.location)
     pictures = Pictures.find(folder, base, limits)
-    listed = records.read_records(folder, shard.file, shard.start, shard.stop)
     seen: set[str] = set()
 
     def converted(numbered: Iterator[tuple[int, Any]]) -> tuple[list[dict[str, Any]], list[str], int]:
@@ -173,7 +172,7 @@ def read_json(
         return votes, names, rows
 
     if pictures.is_seekable:
-        for part in _parts(listed):
+        for part in _parts(_listed(folder, shard)):
             votes, names, rows = converted(iter(part))
             # Images first and in pieces, so that a group of large ones stays small in memory.
             # Records of one prompt share images; each is read once.
@@ -182,11 +181,24 @@ def read_json(
             yield chunk([], votes, rows)
     else:
         # The archive gives its images in its own order: first all names, then the images, then the votes on them.
-        named = dict.fromkeys(n for part in _parts(listed) for n in converted(iter(part))[1])
+        named = dict.fromkeys(n for part in _parts(_listed(folder, shard)) for n in converted(iter(part))[1])
         yield from _image_chunks(pictures.read(named))
-        for part in _parts(records.read_records(folder, shard.file, shard.start, shard.stop)):
+        for part in _parts(_listed(folder, shard)):
             votes, _, rows = converted(iter(part))
             yield chunk([], votes, rows)
+
+
+def _listed(folder: Folder, shard: Shard) -> Iterator[tuple[int, Any]]:
+    """Yield the shard's records, all that were counted when it was listed."""
+    found = 0
+    for numbered in records.read_records(folder, shard.file, shard.start, shard.stop):
+        yield numbered
+        found += 1
+    if shard.stop is not None and found != shard.stop - shard.start:
+        raise SourceError(
+            f"{folder.uri(shard.file)}: expected records {shard.start} to {shard.stop - 1}, found {found} of them: the file "
+            f"changed since it was listed; ingest again"
+        )
 
 
 def _parts(listed: Iterator[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:

@@ -15,11 +15,9 @@ from collections.abc import Iterator
 
 import polars as pl
 
-from pipelines import identity
 from pipelines.config import LimitsConfig, SourceConfig
 from pipelines.files import Folder
-from pipelines.sources import IMAGE_SCHEMA, VOTE_SCHEMA, RawChunk, Sample, Shard, columns, images_only, split_of
-from pipelines.sources.pickapic import list_parquet
+from pipelines.sources import RawChunk, Sample, Shard, columns, images_only, list_files, split_of
 from pipelines.sources.pictures import Pictures
 
 TYPES: dict[str, pl.DataType | type[pl.DataType]] = {
@@ -51,28 +49,12 @@ def list_shards(source: SourceConfig) -> list[Shard]:
     Raises:
         SourceError: there is none.
     """
-    return list_parquet(source, EXPECTED)
+    return list_files(source.name, Folder(source.location), (".parquet",), EXPECTED)
 
 
 def fingerprint(source: SourceConfig, shard: Shard) -> str:
     """Return what changes when the file changes, or an image file that it names comes, goes or changes."""
-    return watched_fingerprint(source, shard, tuple(IMAGES))
-
-
-def watched_fingerprint(source: SourceConfig, shard: Shard, images: tuple[str, ...]) -> str:
-    """Return the fingerprint of a parquet file and of the files that its columns of images name.
-
-    Raises:
-        SourceError: the file is not readable parquet.
-    """
-    folder = Folder(source.location)
-    columns.column_names(folder, shard.file)
-    named = columns.named_files(folder, shard.file, images, folder.uri(shard.file))
-    return shard.fingerprint if named is None else identity.fingerprint(shard=shard.fingerprint, images=named)
-
-
-def _pictures(folder: Folder, shard: Shard, limits: LimitsConfig) -> Pictures:
-    return Pictures(folder, columns.file_folder(shard.file), None, limits)
+    return columns.watched_fingerprint(Folder(source.location), shard, tuple(IMAGES))
 
 
 def read_shard(source: SourceConfig, shard: Shard, limits: LimitsConfig) -> Iterator[RawChunk]:
@@ -83,7 +65,7 @@ def read_shard(source: SourceConfig, shard: Shard, limits: LimitsConfig) -> Iter
     """
     folder = Folder(source.location)
     file, split = folder.uri(shard.file), split_of(shard.file, source.split)
-    pictures = _pictures(folder, shard, limits)
+    pictures = Pictures(folder, columns.file_folder(shard.file), None, limits)
     for piece in columns.read_pieces(folder, shard.file, tuple(TYPES), REQUIRED, IMAGES):
         if piece.image is not None:
             yield from map(
@@ -93,27 +75,21 @@ def read_shard(source: SourceConfig, shard: Shard, limits: LimitsConfig) -> Iter
         frame, problem = columns.typed(piece.table, TYPES, file, IDS)
         is_odd = pl.col("split").is_not_null() & ~pl.col("split").is_in(_SPLITS)
         why = pl.concat_str(pl.lit(f"column 'split': expected one of {list(_SPLITS)}, found "), "split")
-        frame = frame.with_columns(problem).with_row_index("row", offset=piece.start)
-        row = pl.col("row").cast(pl.String)
-        votes = frame.select(
-            source_row=pl.lit(f"{shard.file}:") + row,
-            rater=pl.lit(0),
+        yield columns.votes(
+            frame,
+            shard.file,
+            piece,
+            tuple(IMAGES),
             prompt="prompt",
-            first_key=row + ":image_0",
-            second_key=row + ":image_1",
-            is_display_order=pl.lit(True),
             label_first="label_0",
             label_second=1 - pl.col("label_0"),
             is_labelled=pl.col("label_0").is_not_null(),
-            count=pl.col("count") if "count" in piece.table.column_names else pl.lit(1),
-            source_label_first=pl.lit(None),
-            source_confidence=pl.lit(None),
+            count="count" if "count" in piece.table.column_names else pl.lit(1),
             annotator="annotator",
             group="group",
             model_first="model_0",
             model_second="model_1",
             created_at="created_at",
             split=pl.when(~is_odd).then("split").fill_null(pl.lit(split, pl.String)),
-            problem=pl.coalesce("problem", pl.when(is_odd).then(why)),
+            problem=pl.coalesce(problem, pl.when(is_odd).then(why)),
         )
-        yield RawChunk(IMAGE_SCHEMA.empty_table(), votes.cast(pl.Schema(VOTE_SCHEMA)), len(frame))

@@ -12,19 +12,7 @@ import polars as pl
 
 from pipelines.config import LimitsConfig, SourceConfig
 from pipelines.files import Folder
-from pipelines.sources import (
-    IMAGE_SCHEMA,
-    VOTE_SCHEMA,
-    RawChunk,
-    Sample,
-    Shard,
-    SourceError,
-    columns,
-    file_mark,
-    images_only,
-    shard_key,
-    split_of,
-)
+from pipelines.sources import RawChunk, Sample, Shard, columns, images_only, list_files, split_of
 
 TYPES: dict[str, pl.DataType | type[pl.DataType]] = {
     "caption": pl.String,
@@ -55,22 +43,7 @@ def list_shards(source: SourceConfig) -> list[Shard]:
     Raises:
         SourceError: the folder holds no parquet file.
     """
-    return list_parquet(source, EXPECTED)
-
-
-def list_parquet(source: SourceConfig, expected: str) -> list[Shard]:
-    """Return one shard per parquet file below the source's location."""
-    folder = Folder(source.location)
-    try:
-        files = folder.files((".parquet",))
-    except OSError as error:
-        raise SourceError(f"source {source.name!r}: {source.location}: {error.strerror or error}") from error
-    if not files:
-        raise SourceError(f"source {source.name!r}: no parquet file below {source.location}; expected {expected}")
-    return [
-        Shard(shard_key(source.name, name), source.name, name, file_mark(name, stat), bytes=stat.size)
-        for name, stat in files.items()
-    ]
+    return list_files(source.name, Folder(source.location), (".parquet",), EXPECTED)
 
 
 def fingerprint(source: SourceConfig, shard: Shard) -> str:
@@ -93,29 +66,23 @@ def read_shard(source: SourceConfig, shard: Shard, limits: LimitsConfig) -> Iter
             )
             continue
         frame, problem = columns.typed(piece.table, TYPES, file, IDS)
-        frame = frame.with_columns(problem).with_row_index("row", offset=piece.start)
-        row = pl.col("row").cast(pl.String)
-        label_1 = pl.col("label_1") if "label_1" in piece.table.column_names else 1 - pl.col("label_0")
-        has_label = pl.col("has_label").fill_null(False)
-        votes = frame.select(
-            source_row=pl.lit(f"{shard.file}:") + row,
-            rater=pl.lit(0),
+        found = piece.table.column_names
+        yield columns.votes(
+            frame,
+            shard.file,
+            piece,
+            tuple(IMAGES),
             prompt="caption",
-            first_key=row + ":jpg_0",
-            second_key=row + ":jpg_1",
-            is_display_order=pl.lit(True),
             label_first="label_0",
-            label_second=label_1,
-            is_labelled=has_label if "has_label" in piece.table.column_names else pl.col("label_0").is_not_null(),
-            count=pl.lit(1),
-            source_label_first=pl.lit(None),
-            source_confidence=pl.lit(None),
+            label_second="label_1" if "label_1" in found else 1 - pl.col("label_0"),
+            is_labelled=pl.col("has_label").fill_null(False)
+            if "has_label" in found
+            else pl.col("label_0").is_not_null(),
             annotator="user_id",
             group="ranking_id",
             model_first="model_0",
             model_second="model_1",
             created_at="created_at",
             split=pl.lit(split),
-            problem="problem",
+            problem=problem,
         )
-        yield RawChunk(IMAGE_SCHEMA.empty_table(), votes.cast(pl.Schema(VOTE_SCHEMA)), len(frame))

@@ -13,15 +13,15 @@ from typing import IO, Any
 from pipelines.config import LimitsConfig, SourceConfig
 from pipelines.files import Folder
 from pipelines.sources import (
+    COMPRESSED,
     RawChunk,
     Sample,
     Shard,
     SourceError,
     chunk,
-    file_mark,
     image,
+    list_files,
     problem_vote,
-    shard_key,
     shown,
     split_of,
     vote,
@@ -31,7 +31,6 @@ from pipelines.sources.pictures import TAR_ERRORS, forget, member_problem, open_
 IMAGES = ("jpg_0.jpg", "jpg_1.jpg")
 TEXTS = ("original_prompt.txt", "label_0.txt", "label_1.txt")
 EXPECTED = f"pickapic_webdataset: tar files with members <key>.{{{', '.join((*TEXTS, *IMAGES))}}}"
-_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _CHUNK_BYTES = 16_000_000
 _MAX_TEXT_BYTES = 1_000_000
 
@@ -47,24 +46,7 @@ def list_shards(source: SourceConfig) -> list[Shard]:
     Raises:
         SourceError: there is none.
     """
-    folder = Folder(source.location)
-    try:
-        files = folder.files(_SUFFIXES)
-    except OSError as error:
-        raise SourceError(f"source {source.name!r}: {source.location}: {error.strerror or error}") from error
-    if not files:
-        raise SourceError(f"source {source.name!r}: no tar file below {source.location}; expected {EXPECTED}")
-    return [
-        Shard(
-            shard_key(source.name, name),
-            source.name,
-            name,
-            file_mark(name, stat),
-            bytes=stat.size,
-            is_seekable=name.endswith(".tar"),
-        )
-        for name, stat in files.items()
-    ]
+    return list_files(source.name, Folder(source.location), (".tar", *COMPRESSED), EXPECTED)
 
 
 def fingerprint(source: SourceConfig, shard: Shard) -> str:

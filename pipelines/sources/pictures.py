@@ -25,9 +25,8 @@ import fsspec
 
 from pipelines.config import LimitsConfig
 from pipelines.files import Folder, Stat, is_gone, normal_name, unsafe_because
-from pipelines.sources import SourceError, image
+from pipelines.sources import COMPRESSED, SourceError, image
 
-COMPRESSED = (".tar.gz", ".tgz")
 TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, LookupError, RecursionError, struct.error)
 """What reading a damaged archive raises; OSError also covers a bad gzip header or checksum."""
 _MAX_NAME_BYTES = 65_536

@@ -18,10 +18,19 @@ import pyarrow as pa
 from pipelines import identity
 from pipelines.config import LimitsConfig, SourceConfig
 from pipelines.files import Folder
-from pipelines.sources import RawChunk, Sample, Shard, columns, images_only, problem_vote, shown, split_of, vote
-from pipelines.sources import chunk as make_chunk
-from pipelines.sources.pairs import watched_fingerprint
-from pipelines.sources.pickapic import list_parquet
+from pipelines.sources import (
+    RawChunk,
+    Sample,
+    Shard,
+    chunk,
+    columns,
+    images_only,
+    list_files,
+    problem_vote,
+    shown,
+    split_of,
+    vote,
+)
 from pipelines.sources.pictures import Pictures
 
 TYPES: dict[str, pl.DataType | type[pl.DataType]] = {
@@ -52,12 +61,12 @@ def list_shards(source: SourceConfig) -> list[Shard]:
     Raises:
         SourceError: there is none.
     """
-    return list_parquet(source, EXPECTED)
+    return list_files(source.name, Folder(source.location), (".parquet",), EXPECTED)
 
 
 def fingerprint(source: SourceConfig, shard: Shard) -> str:
     """Return what changes when the file changes, or an image file that it names comes, goes or changes."""
-    return watched_fingerprint(source, shard, tuple(IMAGES))
+    return columns.watched_fingerprint(Folder(source.location), shard, tuple(IMAGES))
 
 
 def read_shard(source: SourceConfig, shard: Shard, limits: LimitsConfig) -> Iterator[RawChunk]:
@@ -79,7 +88,7 @@ def read_shard(source: SourceConfig, shard: Shard, limits: LimitsConfig) -> Iter
             called = [record[path] or names[k][i - piece.start] for k, path in enumerate(IMAGES.values())]
             made = [problem_vote(row, why)] if why is not None else _votes(row, record, called)
             votes += [{**v, "first_key": keys[0], "second_key": keys[1], "split": split} for v in made]
-        yield make_chunk([], votes, len(frame))
+        yield chunk([], votes, len(frame))
 
 
 def _names(piece: columns.Piece, column: str, file: str) -> list[str | None]:
@@ -87,7 +96,8 @@ def _names(piece: columns.Piece, column: str, file: str) -> list[str | None]:
     found = piece.table[column].combine_chunks()
     if pa.types.is_struct(found.type):
         return columns.struct_paths(found, column, file).to_pylist()
-    return found.to_pylist() if pa.types.is_string(found.type) else [None] * len(found)
+    is_text = pa.types.is_string(found.type) or pa.types.is_large_string(found.type)
+    return found.to_pylist() if is_text else [None] * len(found)
 
 
 def _votes(row: str, record: dict[str, Any], names: list[str | None]) -> list[dict[str, Any]]:
