@@ -49,6 +49,7 @@ check: setup  ## ruff, mypy, import-linter
 bench: setup  ## benchmarks: each prints what it measured, on which machine, against what
 	$(OFFLINE) $(BIN)/python -m benchmarks.scoring
 	$(OFFLINE) $(BIN)/python -m benchmarks.ingest
+	$(OFFLINE) $(BIN)/python -m benchmarks.catalogue
 
 world-models: setup  ## train the small world's tiny models again (about 25 minutes on two cores)
 	$(OFFLINE) $(BIN)/python -m trainers.world_models
