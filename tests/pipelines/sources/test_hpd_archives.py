@@ -326,3 +326,23 @@ def test_a_missing_folder_is_named_whatever_the_layout(take, tmp_path):
     for layout in ("auto", "pickapic", "pickapic_webdataset", "hpd", "hpdv3", "rapidata", "pairs"):
         with pytest.raises(SourceError, match=r"source 'mine': .*nowhere"):
             take(tmp_path / "nowhere", layout)
+
+
+def test_a_list_that_lost_records_after_it_was_listed_is_refused_and_nothing_of_it_is_visible(
+    store, tiny_world, tmp_path
+):
+    import json
+    import shutil
+
+    from pipelines import ingest
+    from pipelines.config import SourceConfig
+    from pipelines.sources import SourceError
+
+    folder = shutil.copytree(tiny_world / "hpdv2", tmp_path / "hpdv2")
+    source = SourceConfig(name="hpd", location=str(folder))
+    shard = next(s for s in ingest.list_source(source) if s.file == "train.json")
+    records = json.loads((folder / "train.json").read_text())
+    (folder / "train.json").write_text(json.dumps(records[:-1]))
+    with pytest.raises(SourceError, match=r"train\.json: expected records .* changed since it was listed"):
+        ingest.ingest_shard(store, ingest.plan(source), shard)
+    assert store.manifests("votes") == []
