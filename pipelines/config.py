@@ -82,9 +82,44 @@ class ScorerConfig(_Model):
     """One reward model."""
 
     name: str = pydantic.Field(pattern=r"^[a-z0-9_.]+$", description="name of the score column and of the asset")
-    kind: Literal["pickscore", "clip"] = pydantic.Field(description="formula and preprocessing")
-    checkpoint: str = pydantic.Field(description="local folder or hub id")
-    batch_size: int = pydantic.Field(256, ge=1, description="pictures per forward")
+    kind: Literal["pickscore", "clip", "hpsv2", "hpsv2.1", "imagereward", "aesthetic", "imported", "custom"] = (
+        pydantic.Field(description="formula, checkpoint format and preprocessing")
+    )
+    checkpoint: str = pydantic.Field("", description="local folder or file, or hub id; imported: the file of scores")
+    processor: str = pydantic.Field(
+        "", description="folder or hub id of the tokenizer (and PickScore's preprocessing); empty: the checkpoint's"
+    )
+    backbone: str = pydantic.Field(
+        "", description="aesthetic: folder or hub id of the CLIP model whose features it reads"
+    )
+    batch_size: int = pydantic.Field(256, ge=1, description="pictures per forward; halved where memory runs out")
+    precision: Literal["float32", "bfloat16"] = pydantic.Field(
+        "float32", description="of the matrix products; the parity with the original packages holds in float32"
+    )
+    backend: Literal["native", "reference"] = pydantic.Field(
+        "native",
+        description="reference: the original package's own code (hpsv2, image-reward), slow; see `make reference`",
+    )
+    reference_python: str = pydantic.Field(
+        str(ROOT / ".venv-reference" / "bin" / "python"),
+        description="backend reference: interpreter of the environment that `make reference` installs",
+    )
+    function: str = pydantic.Field("", description="custom: 'module:function'")
+    options: dict[str, Any] = pydantic.Field(default_factory=dict, description="custom: arguments of that function")
+    revision: str = pydantic.Field("", description="custom, imported: the revision that its makers give it")
+    family: str = pydantic.Field("", description="imported: family of the source whose image names the file uses")
+    score_column: str = pydantic.Field("score", description="imported: column that holds the score")
+
+    @pydantic.model_validator(mode="after")
+    def _has_what_its_kind_needs(self) -> ScorerConfig:
+        needed = "function" if self.kind == "custom" else "checkpoint"
+        if not getattr(self, needed):
+            raise ValueError(f"scorer {self.name!r}: kind {self.kind!r} needs {needed}, found none")
+        if self.backend == "reference" and self.kind not in ("hpsv2", "hpsv2.1", "imagereward"):
+            raise ValueError(
+                f"scorer {self.name!r}: backend 'reference' runs hpsv2, hpsv2.1 and imagereward; kind {self.kind!r} has none"
+            )
+        return self
 
 
 class BackboneConfig(_Model):
@@ -110,6 +145,9 @@ class ScoringConfig(_Model):
     """How reward models run."""
 
     device: str = pydantic.Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    workers: int = pydantic.Field(1, ge=0, description="processes, each with its own models; 0: one per GPU")
+    threads: int = pydantic.Field(0, ge=0, description="threads that decode, per process; 0: the cores' share")
+    part_seconds: float = pydantic.Field(30.0, ge=0, description="seconds of work that a killed run loses at most")
 
 
 class LabelsConfig(_Model):
@@ -271,7 +309,11 @@ def load(path: str | Path | None = None) -> Config:
             for e in error.errors()
         )
         raise ConfigError(f"{chosen}: {problems}") from error
-    # Whoever opens a URL from here on, in whatever library, uses these options.
+    use_filesystems(config)
+    return config
+
+
+def use_filesystems(config: Config) -> None:
+    """Make whoever opens a URL from here on in this process, in whatever library, use the configuration's options."""
     for protocol, given in config.filesystems.items():
         fsspec.config.conf[protocol] = {**fsspec.config.conf.get(protocol, {}), **given}
-    return config

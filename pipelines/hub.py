@@ -12,12 +12,13 @@ class CheckpointError(FileNotFoundError):
     """A checkpoint, or a file of it, is missing; the message names it and the command that fetches or makes it."""
 
 
-def local_folder(what: str, option: str, checkpoint: str) -> Path:
+def local_folder(what: str, option: str, checkpoint: str, names: tuple[str, ...] = ()) -> Path:
     """Return the folder of `checkpoint`, a local path or a hub id; a local path may be missing.
 
     Args:
         what: who needs it, for the error, e.g. "scorer 'clip'".
         option: the configuration's option that names it.
+        names: the files to fetch from the hub; empty: all.
 
     Raises:
         CheckpointError: it is a hub id that cannot be had.
@@ -28,7 +29,7 @@ def local_folder(what: str, option: str, checkpoint: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(checkpoint))
+        return Path(snapshot_download(checkpoint, allow_patterns=list(names) or None))
     except Exception as error:
         # The hub's client raises many unrelated types: network, authorisation, unknown names, offline mode.
         raise CheckpointError(

@@ -91,8 +91,8 @@ class UndecodableImage(ValueError):
     """The pixels cannot be decoded; the message says why."""
 
 
-def decode_rgb(data: bytes) -> Image.Image:
-    """Decode to a plain RGB picture (alpha dropped, EXIF rotation not applied: as the reward models' packages do).
+def decode(data: bytes) -> Image.Image:
+    """Decode to a picture in its own mode, its pixels loaded; EXIF rotation is not applied (no reward model does).
 
     Only for images whose header was found ok: their size is within the limits. Of an animation the first frame.
 
@@ -100,6 +100,21 @@ def decode_rgb(data: bytes) -> Image.Image:
         UndecodableImage: the bytes are not a whole image.
     """
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS).convert("RGB")
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image.load()
+    except _PILLOW_ERRORS as error:
+        raise UndecodableImage(_said(error)) from error
+    return image
+
+
+def decode_rgb(data: bytes) -> Image.Image:
+    """Decode to a plain RGB picture, alpha dropped; see decode.
+
+    Raises:
+        UndecodableImage: the bytes are not a whole image.
+    """
+    image = decode(data)
+    try:
+        return image if image.mode == "RGB" else image.convert("RGB")
     except _PILLOW_ERRORS as error:
         raise UndecodableImage(_said(error)) from error

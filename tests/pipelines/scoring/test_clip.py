@@ -8,7 +8,8 @@ from PIL import Image
 
 from pipelines.config import WEIGHTS, ScorerConfig
 from pipelines.scoring import checkpoints
-from pipelines.scoring.clip import ClipScorer
+from pipelines.scoring.pictures import Picture
+from pipelines.scoring.scorer import load
 from pipelines.world import scene
 
 GOLDENS = Path(__file__).parents[4] / "shared" / "goldens" / "scorers"
@@ -17,30 +18,30 @@ needs_goldens = pytest.mark.skipif(not GOLDENS.exists(), reason="scores of the o
 
 @pytest.fixture(scope="module")
 def pickscore():
-    return ClipScorer(ScorerConfig(name="pickscore", kind="pickscore", checkpoint=str(WEIGHTS / "tiny-pickscore")))
+    return load(ScorerConfig(name="pickscore", kind="pickscore", checkpoint=str(WEIGHTS / "tiny-pickscore")))
 
 
 def pictures(count, seed=0):
     rng = np.random.default_rng(seed)
     prompts = [scene.all_prompts()[i] for i in rng.integers(0, 1000, count)]
     drawn = scene.render(scene.sample_scenes([scene.parse_prompt(p) for p in prompts], rng))
-    return [Image.fromarray(p) for p in drawn], prompts
+    return [Picture(Image.fromarray(p)) for p in drawn], prompts
 
 
 @needs_goldens
 def test_pickscore_equals_the_model_cards_code_on_every_shape_and_mode():
     folder = GOLDENS / "pickscore"
     cases = json.loads((folder / "cases.json").read_text())
-    scorer = ClipScorer(ScorerConfig(name="golden", kind="pickscore", checkpoint=str(folder / "model")))
+    scorer = load(ScorerConfig(name="golden", kind="pickscore", checkpoint=str(folder / "model")))
     assert len(cases["cases"]) > 20
     for case in cases["cases"]:
-        image = Image.open(GOLDENS / "images" / case["image"]).convert("RGB")
-        score = scorer.score(scorer.prepare(image)[None], [case["prompt"]])[0]
+        picture = Picture(Image.open(GOLDENS / "images" / case["image"]))
+        score = scorer.score([scorer.prepare(picture)], [case["prompt"]])[0]
         assert score == pytest.approx(case["score"], abs=cases["tolerance"]), (case["image"], case["prompt"])
 
 
 def test_clip_score_is_the_cosine_that_pickscore_scales(pickscore):
-    cosine = ClipScorer(ScorerConfig(name="c", kind="clip", checkpoint=str(WEIGHTS / "tiny-pickscore")))
+    cosine = load(ScorerConfig(name="c", kind="clip", checkpoint=str(WEIGHTS / "tiny-pickscore")))
     images, prompts = pictures(6)
     batch = torch.stack([pickscore.prepare(i) for i in images])
     scaled, plain = pickscore.score(batch, prompts), cosine.score(batch, prompts)
@@ -57,7 +58,7 @@ def test_a_score_does_not_depend_on_the_batch(pickscore):
 
 
 def test_odd_pictures_and_prompts_get_a_finite_score(pickscore):
-    odd = [Image.new("RGB", size, "red") for size in [(1, 300), (300, 1), (31, 33), (500, 20)]]
+    odd = [Picture(Image.new("RGB", size, "red")) for size in [(1, 300), (300, 1), (31, 33), (500, 20)]]
     prompts = ["", "🔴 ünïcode", "word " * 200, "a red circle"]
     scores = pickscore.score(torch.stack([pickscore.prepare(i) for i in odd]), prompts)
     assert np.isfinite(scores).all()
