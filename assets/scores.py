@@ -19,7 +19,7 @@ def score_key(scorer: str) -> dg.AssetKey:
 
 def build_scores(config: Config) -> dg.AssetsDefinition:
     """Return the multi-asset of the configured scorers."""
-    from pipelines.scoring import batches, devices
+    from pipelines.scoring import batches, workers
 
     specs = [
         dg.AssetSpec(
@@ -27,7 +27,7 @@ def build_scores(config: Config) -> dg.AssetsDefinition:
             deps=["images", *(t.name for t in CATALOGUE_TABLES)],
             group_name="scores",
             kinds={"torch", "parquet"},
-            description=f"{s.kind} scores of every (image, prompt), by {s.checkpoint.rsplit('/', 1)[-1]}.",
+            description=f"{s.kind} scores of every (image, prompt), by {(s.checkpoint or s.function).rsplit('/', 1)[-1]}.",
             code_version=batches.CODE_VERSION,
             metadata=meta.spec_metadata(schemas.SCORES),
         )
@@ -40,19 +40,33 @@ def build_scores(config: Config) -> dg.AssetsDefinition:
     def scores(context: dg.AssetExecutionContext, polyphony: Polyphony) -> Iterator[dg.MaterializeResult]:
         present, store = polyphony.config, polyphony.store
         selected = [s for s in present.scorers if score_key(s.name) in context.selected_asset_keys]
-        device = devices.resolve_device(present.scoring.device)
-        models: dict = {}
-        done: dict[str, list] = {s.name: [] for s in selected}
         keys = context.partition_keys
-        for i, key in enumerate(keys):
-            built = batches.score_shard(store, key, selected, device=device, models=models)
-            for name, result in built.items():
-                done[name].append(result)
-                shard_metadata = meta.partition_metadata(store, schemas.SCORES, result)
+        done: dict[str, list] = {s.name: [] for s in selected}
+        failed: list[str] = []
+        results = workers.score_shards(
+            store,
+            present,
+            keys,
+            selected,
+            device=present.scoring.device,
+            workers=present.scoring.workers,
+            progress=context.log.info,
+        )
+        for i, (key, result) in enumerate(results, 1):
+            if isinstance(result, Exception):
+                # One unreadable file costs one shard; the others are finished and kept.
+                failed.append(str(result))
+                context.log.error(f"{i}/{len(keys)} {key}: {result}")
+                continue
+            for name, built in result.items():
+                done[name].append(built)
+                shard_metadata = meta.partition_metadata(store, schemas.SCORES, built)
                 context.add_asset_metadata(shard_metadata, asset_key=score_key(name), partition_key=key)
-            unchanged = all(b.is_reused for b in built.values())
-            rows = sum(b.manifest.rows for b in built.values())
-            context.log.info(f"{i + 1}/{len(keys)} {key}: {rows} scores" + (", unchanged" if unchanged else ""))
+            unchanged = all(b.is_reused for b in result.values())
+            rows = sum(b.manifest.rows for b in result.values())
+            context.log.info(f"{i}/{len(keys)} {key}: {rows} scores" + (", unchanged" if unchanged else ""))
+        if failed:
+            raise dg.Failure(f"{len(failed)} of {len(keys)} shards failed, the others are scored: " + "; ".join(failed))
         for scorer in selected:
             yield dg.MaterializeResult(
                 asset_key=score_key(scorer.name), metadata=meta.of_builts(store, schemas.SCORES, done[scorer.name])

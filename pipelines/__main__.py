@@ -2,6 +2,10 @@
 
 python -m pipelines run                   world, ingest, catalogue, scores and labels, in order
 python -m pipelines world|ingest|score|label
+python -m pipelines score [--scorers a,b] [--workers N] [--part K/N] [--dry-run]
+python -m pipelines score-diff SCORER OLD NEW    what changed between two revisions
+python -m pipelines scorers               the scorer report: accuracy, correlation, what bfloat16 costs
+python -m pipelines precision [SCORER ...]  what bfloat16 would cost these scorers, on human pairs of the store
 python -m pipelines show TABLE            print rows of a table (--rows N)
 python -m pipelines sql "SELECT ..."      query the tables with DuckDB, by their names
 """
@@ -42,18 +46,39 @@ def _tell(name: str, built: Built) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m pipelines", description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("what", choices=("run", *ORDER, "show", "sql"))
-    parser.add_argument("table", nargs="?", help="table to show, or SQL")
+    parser.add_argument("what", choices=("run", *ORDER, "score-diff", "scorers", "precision", "show", "sql"))
+    parser.add_argument(
+        "names", nargs="*", help="show: a table; sql: a query; score-diff: SCORER OLD NEW; precision: scorers"
+    )
     parser.add_argument("--rows", type=int, default=10, help="rows to show")
     parser.add_argument("--config", help="TOML file; default: $POLYPHONY_CONFIG, else the small world")
     parser.add_argument("--device", help="device of the reward models; default: scoring.device")
+    parser.add_argument("--scorers", help="score only these, by name, joined by commas; default: all")
+    parser.add_argument("--workers", type=int, help="processes that score; 0: one per GPU; default: scoring.workers")
+    parser.add_argument("--part", help="K/N: score the K-th of N parts of the shards, for launchers")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="score nothing; say what is left and how long it would take"
+    )
     options = parser.parse_args(arguments)
+    if options.names and options.what not in ("show", "sql", "score-diff", "precision"):
+        parser.error(f"{options.what} takes no names, found {options.names}")
+    if options.dry_run and options.what != "score":
+        parser.error(f"--dry-run belongs to score, found {options.what}")
     config = configuration.load(options.config)
     store = Store(config.store_location)
     if options.what == "show":
-        return _show(store, options.table, options.rows)
+        return _show(store, options.names[0] if options.names else None, options.rows)
     if options.what == "sql":
-        return _sql(store, options.table)
+        return _sql(store, " ".join(options.names))
+    if options.what == "score-diff":
+        return _score_diff(store, options.names)
+    if options.what == "scorers":
+        return _scorers(store, config, options.device)
+    if options.what == "precision":
+        from pipelines.scoring import precision
+
+        say(precision.main_text(store, config, options.names, options.device or "", progress=say))
+        return 0
     wanted = ORDER if options.what == "run" else (options.what,)
     if "world" in wanted and config.world is not None:
         written = raw.write_world(config.world_folder, config.world)
@@ -63,16 +88,9 @@ def main(arguments: list[str] | None = None) -> int:
     # Later steps need the tables alone, not the raw files.
     keys = catalogue.shard_keys(store) if {"score", "label"} & set(wanted) else []
     if "score" in wanted:
-        from pipelines.scoring import batches, devices
-
-        device = devices.resolve_device(options.device or config.scoring.device)
-        models: dict = {}
-        for key in keys:
-            for name, built in batches.score_shard(
-                store, key, list(config.scorers), device=device, models=models
-            ).items():
-                _tell(f"scores {name} {key}", built)
-        batches.activate(store, config, keys)
+        failed += _score(store, config, keys, options)
+        if options.dry_run:
+            return 0
     if "label" in wanted:
         labels = steps.Labels(store, config, keys)
         for name in steps.LABEL_TABLES:
@@ -107,7 +125,74 @@ def _ingest(store: Store, config: configuration.Config) -> list[str]:
     return failed
 
 
-def _sql(store: Store, query: str | None) -> int:
+def _score(store: Store, config: configuration.Config, keys: list[str], options: argparse.Namespace) -> list[str]:
+    """Score the shards, or say what that would take; activate what is complete; return why shards failed."""
+    from pipelines.scoring import batches, devices, forecast, workers
+
+    chosen = _chosen(config, options.scorers)
+    device = devices.resolve_device(options.device or config.scoring.device)
+    count = config.scoring.workers if options.workers is None else options.workers
+    mine = workers.part(keys, options.part) if options.part else keys
+    if options.dry_run:
+        places = devices.places(device, count)
+        say(forecast.forecast(store, mine, chosen, device=places[0], progress=say).text(len(places)))
+        return []
+    failed: list[str] = []
+    results = workers.score_shards(store, config, mine, chosen, device=device, workers=count, progress=say)
+    for i, (key, result) in enumerate(results, 1):
+        if isinstance(result, Exception):
+            # One unreadable file costs one shard.
+            failed.append(str(result))
+            say(f"{i}/{len(mine)} scores {key}: failed: {result}")
+        else:
+            for name, built in result.items():
+                _tell(f"{i}/{len(mine)} scores {name} {key}", built)
+    active, pending = batches.activate_finished(store, config, keys)
+    say(f"active revisions: {', '.join(f'{name} {revision}' for name, revision in active.items()) or 'none'}")
+    if pending and not (failed or options.part or options.scorers):
+        raise StoreError("; ".join(pending))
+    for why in pending:
+        say(f"not complete yet: {why}")
+    return failed
+
+
+def _chosen(config: configuration.Config, names: str | None) -> list[configuration.ScorerConfig]:
+    if names is None:
+        return list(config.scorers)
+    wanted = [n.strip() for n in names.split(",") if n.strip()]
+    known = {s.name: s for s in config.scorers}
+    if unknown := [n for n in wanted if n not in known] or (["nothing"] if not wanted else []):
+        raise configuration.ConfigError(f"--scorers: found {unknown}; the configuration has {sorted(known)}")
+    return [known[n] for n in wanted]
+
+
+def _score_diff(store: Store, names: list[str]) -> int:
+    from pipelines.scoring import differences
+
+    if len(names) != 3:
+        raise StoreError(
+            f"score-diff: expected SCORER OLD NEW, found {names}; revisions are folders of scores/<scorer>"
+        )
+    say(differences.main_text(store, *names))
+    return 0
+
+
+def _scorers(store: Store, config: configuration.Config, device: str | None) -> int:
+    from pipelines.scoring import devices, precision, report
+
+    for scorer in precision.configured(config):
+        place = devices.resolve_device(device or config.scoring.device)
+        _tell(f"scorer_precision {scorer.name}", precision.measure(store, config, scorer, place, progress=say))
+    for name, built in report.build(store, config, catalogue.shard_keys(store)).items():
+        _tell(name, built)
+    store.write_views()
+    store.publish("scorers.png", report.picture(store))
+    say(report.table_text(store))
+    say(f"picture: {store.path('scorers.png')}")
+    return 0
+
+
+def _sql(store: Store, query: str) -> int:
     import duckdb
 
     if not query:

@@ -144,6 +144,25 @@ class Store:
         finally:
             os.close(folder)
 
+    def list_files(self, folder: str) -> list[str]:
+        """Return the names of all files below a folder of the store, sorted; none where it is not there."""
+        self._fs.invalidate_cache()
+        try:
+            found = self._fs.find(f"{self._root}/{folder}")
+        except FileNotFoundError:
+            return []
+        root = self._fs._strip_protocol(self._root)
+        return sorted(f[len(root) + 1 :] for f in found)
+
+    def read_bytes(self, name: str) -> bytes:
+        """Return a small file of the store."""
+        return self._fs.cat_file(f"{self._root}/{name}")
+
+    def remove(self, folder: str) -> None:
+        """Remove a folder that no manifest commits, with everything below it; nothing where it is not there."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm(f"{self._root}/{folder}", recursive=True)
+
     @property
     def _staging(self) -> Path:
         return (

@@ -11,9 +11,12 @@ from PIL import Image
 from pipelines import catalogue, identity, images, ingest, schemas, steps
 from pipelines.config import ScorerConfig, SourceConfig
 from pipelines.scoring import batches, checkpoints
-from pipelines.scoring.clip import ClipScorer
+from pipelines.scoring.pictures import Picture
+from pipelines.scoring.scorer import load
 from pipelines.sources import pickapic
 from pipelines.tables import Store, StoreError
+
+CLIP_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +70,12 @@ def test_every_image_with_prompt_of_the_store_is_scored_exactly_once(scored, tin
 
 def test_a_score_is_the_one_that_the_scorer_gives_the_image_alone(scored, clip):
     store, keys, built, _ = scored
-    scorer = ClipScorer(clip)
+    scorer = load(clip)
     held = store.read(schemas.IMAGES, keys[0]).select("image_id", "bytes")
     prompts = store.read(schemas.CATALOGUE_PROMPTS).select("prompt_id", "prompt")
     rows = scores_of(store, built[keys[0]]["clip"]).join(held, on="image_id").join(prompts, on="prompt_id")
     for row in rows.sample(8, seed=0).iter_rows(named=True):
-        alone = scorer.score(scorer.prepare(images.decode_rgb(row["bytes"]))[None], [row["prompt"]])[0]
+        alone = scorer.score([scorer.prepare(Picture(images.decode(row["bytes"])))], [row["prompt"]])[0]
         assert row["score"] == pytest.approx(float(alone), abs=1e-5)
 
 
@@ -96,8 +99,8 @@ def test_an_image_is_decoded_once_however_many_scorers_and_prompts_want_it(small
     rows = [*raw_rows[:6], {**raw_rows[0], "caption": "a blue cross", "user_id": 99}]
     store, key = small(rows)
     decoded = []
-    real = images.decode_rgb
-    monkeypatch.setattr(images, "decode_rgb", lambda data: decoded.append(data) or real(data))
+    real = images.decode
+    monkeypatch.setattr(images, "decode", lambda data: decoded.append(data) or real(data))
     scorers = [clip, clip.model_copy(update={"name": "pickscore", "kind": "pickscore"})]
     built = batches.score_shard(store, key, scorers)
     assert sorted(decoded) == sorted({r[f"jpg_{i}"] for r in rows for i in (0, 1)})
@@ -252,17 +255,17 @@ def test_a_revision_becomes_active_only_when_every_shard_is_scored(
 
 def test_the_revision_changes_with_each_file_of_the_checkpoint_and_with_the_kind(clip, tmp_path):
     seen = {checkpoints.revision(clip), checkpoints.revision(clip.model_copy(update={"kind": "pickscore"}))}
-    for name in checkpoints.CLIP_FILES:
+    for name in CLIP_FILES:
         folder = shutil.copytree(clip.checkpoint, tmp_path / name.replace(".", "_"))
         moved = clip.model_copy(update={"checkpoint": str(folder)})
         assert checkpoints.revision(moved) == checkpoints.revision(clip), "the place is no part of it"
         (folder / name).write_bytes((folder / name).read_bytes() + b" ")
         seen.add(checkpoints.revision(moved))
-    assert len(seen) == 2 + len(checkpoints.CLIP_FILES)
+    assert len(seen) == 2 + len(CLIP_FILES)
     assert {len(r) for r in seen} == {12}
 
 
-@pytest.mark.parametrize("absent", checkpoints.CLIP_FILES)
+@pytest.mark.parametrize("absent", CLIP_FILES)
 def test_a_missing_file_of_a_checkpoint_is_named_with_the_scorer_and_what_makes_it(clip, tmp_path, absent):
     folder = shutil.copytree(clip.checkpoint, tmp_path / "partial")
     (folder / absent).unlink()
