@@ -25,11 +25,12 @@ def preferences(
     sides: pl.DataFrame,
     consensus: pl.LazyFrame,
     smoothed: pl.LazyFrame,
+    images: pl.LazyFrame,
 ) -> pl.DataFrame:
     """Return the preferences table.
 
     pairs: of `catalogue.all_pairs`. votes: the counted votes. vote_sources: pair_id, source of all votes. scores: of
-    `batches.current_scores`. sides: of `minority.side_metrics`.
+    `batches.current_scores`. sides: of `minority.side_metrics`. images: image_id, status, reason of every image.
     """
     people = PEOPLE.filter(pl.col("label_0") != 0.5)
     share = (pl.col("label_0") * PEOPLE).filter(pl.col("label_0") != 0.5).sum() / people.sum()
@@ -42,11 +43,17 @@ def preferences(
         .group_by("image_id", "prompt_id")
         .agg(
             packed=pl.struct("scorer", "score"),
-            bad=pl.when(pl.col("status") != "ok")
-            .then(pl.format("{}: {}", "status", pl.col("reason").fill_null("-")))
-            .drop_nulls()
-            .first(),
+            # A score that nobody has imported says nothing about the picture.
+            bad=_WHY.filter(~pl.col("status").is_in(["ok", "not_imported"])).first(),
         )
+    )
+    # An imported score may be ok where there are no bytes to train on; one shard that has them is enough.
+    unreadable = (
+        images.with_columns(why=_WHY)
+        .group_by("image_id")
+        .agg(is_readable=(pl.col("status") == "ok").any(), absent=pl.col("why").sort().first())
+        .filter(~pl.col("is_readable"))
+        .drop("is_readable")
     )
     # A left join: a prompt that the catalogue lacks breaks the rule that split is never null, instead of losing its pairs.
     frame = pairs.join(prompts.select("prompt_id", "prompt", "split"), on="prompt_id", how="left")
@@ -54,6 +61,8 @@ def preferences(
     for i in (0, 1):
         side = by_image.rename({"image_id": f"image_{i}_id", "packed": f"packed_{i}", "bad": f"bad_{i}"})
         frame = frame.join(side, on=[f"image_{i}_id", "prompt_id"], how="left")
+        absent = unreadable.rename({"image_id": f"image_{i}_id", "absent": f"absent_{i}"})
+        frame = frame.join(absent, on=f"image_{i}_id", how="left")
     keys = ["prompt_id", "image_0_id", "image_1_id"]
     frame = (
         frame.with_columns(
@@ -65,8 +74,8 @@ def preferences(
         .join(smoothed.drop(keys), on="pair_id", how="left")
     )
     unusable = [
-        pl.when(pl.col(f"bad_{i}").is_not_null())
-        .then(pl.format("image_{} {}", pl.lit(i), f"bad_{i}"))
+        pl.when(pl.coalesce(f"bad_{i}", f"absent_{i}").is_not_null())
+        .then(pl.format("image_{} {}", pl.lit(i), pl.coalesce(f"bad_{i}", f"absent_{i}")))
         .when(pl.col(f"packed_{i}").is_null())
         .then(pl.lit(f"image_{i} not scored"))
         for i in (0, 1)
@@ -74,6 +83,9 @@ def preferences(
     result = frame.with_columns(excluded_because=pl.coalesce(unusable)).sort("pair_id").collect()
     packed = {f"scores_{i}": pl.Series([_as_json(v) for v in result[f"packed_{i}"]], dtype=pl.String) for i in (0, 1)}
     return result.with_columns(**packed).select(list(schemas.PREFERENCES.polars_schema))
+
+
+_WHY = pl.format("{}: {}", "status", pl.col("reason").fill_null("-"))
 
 
 def _as_json(packed: list[dict] | None) -> str:

@@ -9,11 +9,12 @@ from pipelines.config import ConfigError
 from pipelines.hub import CheckpointError
 from pipelines.prompts import PromptSuiteError
 from pipelines.schemas import SchemaError
+from pipelines.scoring.imported import ImportedScoresError
 from pipelines.sources import SourceError
 from pipelines.tables import StoreError
 
 EXPECTED = (
-    *(ConfigError, CheckpointError, PromptSuiteError, SchemaError, SourceError, StoreError),
+    *(ConfigError, CheckpointError, ImportedScoresError, PromptSuiteError, SchemaError, SourceError, StoreError),
     *(FileNotFoundError, FileExistsError, PermissionError, ConnectionError),
 )
 

@@ -128,7 +128,7 @@ VOTE_STATUSES = (
     "unreadable",
 )
 IMAGE_STATUSES = ("ok", "no_bytes", "missing", "refused", "unreadable", "truncated", "too_large")
-SCORE_STATUSES = (*IMAGE_STATUSES, "undecodable", "changed")
+SCORE_STATUSES = (*IMAGE_STATUSES, "undecodable", "changed", "not_imported")
 SPLITS = ("train", "validation", "test")
 
 _PROMPT_ID = Column("prompt_id", pl.String, "prompt, by its normalised text")
@@ -339,6 +339,117 @@ SCORES = Table(
     ),
     key=("image_id", "prompt_id"),
     cut_by="scorer/revision/shard",
+)
+SCORER_REPORT = Table(
+    "scorer_report",
+    "scorer and source, or 'all' sources",
+    (
+        Column("scorer", pl.String, "reward model"),
+        Column(
+            "source",
+            pl.String,
+            "name in the configuration, with all that its vote rows name, also where other sources name it too; "
+            "'all': everything once",
+        ),
+        Column("revision", pl.String, "active revision of the scorer"),
+        Column("scores", pl.Int64, "(image, prompt) that the source's vote rows name"),
+        Column("scores_ok", pl.Int64, "of those, with a score"),
+        Column("scores_not_ok", pl.Int64, "of those, without one"),
+        Column("statuses_not_ok", pl.String, "why they have none: how many by status, JSON"),
+        Column("mean", pl.Float64, "of the scores", nullable=True),
+        Column("sd", pl.Float64, "standard deviation of the scores (unbiased)", nullable=True, low=0.0),
+        Column("min", pl.Float64, "smallest score", nullable=True),
+        Column("q05", pl.Float64, "5 % quantile of the scores, interpolated", nullable=True),
+        Column("q25", pl.Float64, "25 % quantile", nullable=True),
+        Column("q50", pl.Float64, "median", nullable=True),
+        Column("q75", pl.Float64, "75 % quantile", nullable=True),
+        Column("q95", pl.Float64, "95 % quantile", nullable=True),
+        Column("max", pl.Float64, "largest score", nullable=True),
+        Column(
+            "histogram",
+            pl.String,
+            "counts of the scores in equal bins, JSON; what lies outside is in the outermost bins",
+            nullable=True,
+        ),
+        Column("histogram_low", pl.Float64, "lower end of the first bin, the same for all sources", nullable=True),
+        Column("histogram_high", pl.Float64, "upper end of the last bin, the same for all sources", nullable=True),
+        Column("pairs", pl.Int64, "pairs that the source's vote rows name"),
+        Column("pairs_scored", pl.Int64, "of those, with a score of both images"),
+        Column("votes_decided", pl.Int64, "people behind the votes that count and choose an image"),
+        Column("votes_covered", pl.Int64, "of those people, on pairs with a score of both images"),
+        Column(
+            "accuracy",
+            pl.Float64,
+            "share of the covered people whose choice has the higher score; equal scores count half, tied votes not at all",
+            nullable=True,
+            **_PROBABILITY,
+        ),
+        Column(
+            "accuracy_low",
+            pl.Float64,
+            "2.5 % quantile of 1,000 bootstrap resamples of the prompts, seed 0",
+            nullable=True,
+            **_PROBABILITY,
+        ),
+        Column("accuracy_high", pl.Float64, "97.5 % quantile of the same resamples", nullable=True, **_PROBABILITY),
+        Column("pairs_decided", pl.Int64, "scored pairs on which a counted vote chooses an image"),
+        Column("share_equal", pl.Float64, "share of those whose two scores are equal", nullable=True, **_PROBABILITY),
+    ),
+    ("scorer", "source"),
+    "whole",
+)
+_CORRELATION: _Range = {"low": -1.0, "high": 1.0}
+SCORER_CORRELATION = Table(
+    "scorer_correlation",
+    "two scorers, each two once",
+    (
+        Column("scorer_a", pl.String, "reward model, the earlier one of the configuration"),
+        Column("scorer_b", pl.String, "another reward model"),
+        Column("scores", pl.Int64, "(image, prompt) with a score of both"),
+        Column("pearson", pl.Float64, "correlation of those scores", nullable=True, **_CORRELATION),
+        Column("spearman", pl.Float64, "rank correlation of those scores", nullable=True, **_CORRELATION),
+        Column("pairs", pl.Int64, "pairs with a difference d of both"),
+        Column("pearson_d", pl.Float64, "correlation of those differences", nullable=True, **_CORRELATION),
+        Column("spearman_d", pl.Float64, "rank correlation of those differences", nullable=True, **_CORRELATION),
+        Column("pairs_decided", pl.Int64, "of those pairs, those on which neither has equal scores"),
+        Column(
+            "agreement", pl.Float64, "share of those on which both choose the same image", nullable=True, **_PROBABILITY
+        ),
+    ),
+    ("scorer_a", "scorer_b"),
+    "whole",
+)
+SCORER_PRECISION = Table(
+    "scorer_precision",
+    "scorer that was compared in bfloat16 and float32",
+    (
+        Column("scorer", pl.String, "reward model"),
+        Column("revision", pl.String, "its revision in float32"),
+        Column("revision_bfloat16", pl.String, "its revision in bfloat16"),
+        Column("device", pl.String, "what both ran on"),
+        Column("pairs", pl.Int64, "pairs with a decided human label whose images were scored in both"),
+        Column("images_left_out", pl.Int64, "images that could not be read or decoded, left out with their pairs"),
+        Column("scores", pl.Int64, "(image, prompt) of those pairs"),
+        Column("score_sd", pl.Float64, "standard deviation of the float32 scores (unbiased)", nullable=True),
+        Column("difference_mean", pl.Float64, "mean of bfloat16 - float32", nullable=True),
+        Column("difference_sd", pl.Float64, "its standard deviation (unbiased)", nullable=True),
+        Column("difference_max", pl.Float64, "largest |bfloat16 - float32|", nullable=True),
+        Column("pairs_decided", pl.Int64, "of the pairs, those without equal scores in float32"),
+        Column("flips", pl.Int64, "of those, pairs on which bfloat16 chooses the other image"),
+        Column("ties_made", pl.Int64, "of those, pairs on which bfloat16 has equal scores"),
+        Column(
+            "share_flipped",
+            pl.Float64,
+            "(flips + ties_made / 2) / pairs_decided; the goal is below 0.005",
+            nullable=True,
+            **_PROBABILITY,
+        ),
+        Column("is_goal_met", pl.Boolean, "share_flipped is below 0.005", nullable=True),
+        Column("seconds_float32", pl.Float64, "of the model alone, pictures being prepared"),
+        Column("seconds_bfloat16", pl.Float64, "of the model alone, pictures being prepared"),
+    ),
+    ("scorer",),
+    "scorer",
 )
 CALIBRATION = Table(
     "calibration",
@@ -600,6 +711,9 @@ TABLES: dict[str, Table] = {
         CATALOGUE_PAIRS,
         ACCOUNTING,
         SCORES,
+        SCORER_REPORT,
+        SCORER_CORRELATION,
+        SCORER_PRECISION,
         CALIBRATION,
         CONSENSUS,
         SMOOTHED,

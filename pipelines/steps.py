@@ -16,7 +16,7 @@ from pipelines.labels import minority as mino
 from pipelines.scoring import batches
 from pipelines.tables import Built, Manifest, Store
 
-CODE_VERSION = "3"
+CODE_VERSION = "4"
 
 
 class Labels:
@@ -119,12 +119,18 @@ class Labels:
                 sides=self._sides(),
                 consensus=self.store.scan(schemas.CONSENSUS),
                 smoothed=self.store.scan(schemas.SMOOTHED),
+                images=self.store.scan(schemas.IMAGES, partitions=self.shard_keys).select(
+                    "image_id", "status", "reason"
+                ),
             )
+
+        # Imported scores stay as they are when bytes come or go.
+        images = self.store.require_all("images", self.shard_keys)
 
         return self.store.build(
             schemas.PREFERENCES,
             make,
-            inputs=self._inputs("calibration", "consensus", "smoothed", "catalogue_prompts"),
+            inputs=[*self._inputs("calibration", "consensus", "smoothed", "catalogue_prompts"), *images],
             code_version=CODE_VERSION,
             parameters={"scorers": self.scorers},
         )

@@ -20,7 +20,9 @@ import torch
 from pipelines import images, schemas
 from pipelines.config import Config
 from pipelines.curation import HumanPolicy
-from pipelines.scoring import batches, checkpoints
+from pipelines.scoring import checkpoints
+from pipelines.scoring import scorer as scoring
+from pipelines.scoring.pictures import Picture
 from pipelines.tables import Built, Manifest, Store
 from trainers import data, loop, randomness
 from trainers.caches import Backbone
@@ -34,7 +36,10 @@ Progress = Callable[[str], None]
 
 
 def evaluate(store: Store, config: Config, model: str, device: str, progress: Progress = lambda m: None) -> Built:
-    """Score a model's samples with every reward model (in the small world also with its tastes) into `evaluations`."""
+    """Score a model's samples with every reward model (in the small world also with its tastes) into `evaluations`.
+
+    Imported scores are of other images: scorers that are imported judge no samples.
+    """
     samples = store.require("samples", model)
 
     def make() -> pl.DataFrame:
@@ -43,26 +48,33 @@ def evaluate(store: Store, config: Config, model: str, device: str, progress: Pr
         prompts = frame["prompt"].to_list()
         columns: dict[str, np.ndarray] = {}
         for scorer in config.scorers:
-            loaded = batches.load(scorer, device)
+            if scorer.kind == "imported":
+                progress(
+                    f"evaluation of {model}: {scorer.name} is left out: its scores are imported, samples have none"
+                )
+                continue
+            loaded = scoring.load(scorer, device)
             scores = []
             for start in range(0, len(pictures), scorer.batch_size):
                 part = slice(start, start + scorer.batch_size)
-                prepared = torch.stack([loaded.prepare(p) for p in pictures[part]])
-                scores.append(loaded.score(prepared, prompts[part]))
+                scores.append(loaded.score([loaded.prepare(Picture(p)) for p in pictures[part]], prompts[part]))
             columns[scorer.name] = np.concatenate(scores)
+            for message in loaded.messages:
+                progress(message)
             progress(f"evaluation of {model}: {scorer.name}")
         # Tastes know the small world's grammar only.
         if config.world is not None and config.suite() is None:
             from pipelines.world import judges
 
             columns |= judges.judge(np.stack([np.asarray(p) for p in pictures]), prompts)
-        return pl.concat(
+        judged = [
             frame.select("prompt_id", "seed", scorer=pl.lit(name), score=pl.Series(values, dtype=pl.Float64))
             for name, values in columns.items()
-        )
+        ]
+        return pl.concat([schemas.EVALUATIONS.empty(), *judged])
 
     parameters = {
-        "scorers": {s.name: checkpoints.revision(s) for s in config.scorers},
+        "scorers": {s.name: checkpoints.revision(s) for s in config.scorers if s.kind != "imported"},
         "world": None if config.world is None else _world_facts(),
     }
     return store.build(

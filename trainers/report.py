@@ -74,7 +74,8 @@ def leaderboard_plot(board: pl.DataFrame) -> bytes:
     gains = board.filter(pl.col("gain").is_not_null())
     judges = gains["scorer"].unique(maintain_order=True).to_list()
     models = gains["model"].unique(maintain_order=True).to_list()
-    figure, axis = plt.subplots(figsize=(7, 0.6 + 0.42 * len(judges)), dpi=90)
+    # There is none where all scores are imported: nothing has judged the samples.
+    figure, axis = plt.subplots(figsize=(7, 0.6 + 0.42 * max(2, len(judges))), dpi=90)
     for m, model in enumerate(models):
         part = gains.filter(pl.col("model") == model)
         y = [judges.index(s) + (m - (len(models) - 1) / 2) * 0.22 for s in part["scorer"]]
@@ -85,7 +86,8 @@ def leaderboard_plot(board: pl.DataFrame) -> bytes:
     axis.set_yticks(range(len(judges)), judges)
     axis.invert_yaxis()
     axis.set_xlabel("paired gain over the base, standard deviations of the base (95 % interval)")
-    axis.legend(loc="best", fontsize=8)
+    if models:
+        axis.legend(loc="best", fontsize=8)
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")

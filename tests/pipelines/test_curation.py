@@ -95,6 +95,10 @@ def table():
         ),
         consensus=consensus.lazy(),
         smoothed=smoothed.lazy(),
+        images=pl.LazyFrame(
+            {"image_id": [], "status": [], "reason": []},
+            schema=dict.fromkeys(("image_id", "status", "reason"), pl.String),
+        ),
     )
     return schemas.PREFERENCES.conform(result)
 
