@@ -9,6 +9,7 @@ from assets.evaluation import build_evaluation
 from assets.labels import build_labels
 from assets.loggers import compact_logger
 from assets.resources import Polyphony
+from assets.scorer_report import build_scorer_report
 from assets.scores import build_scores
 from assets.training import build_training
 from pipelines import config as configuration
@@ -25,6 +26,7 @@ def defs() -> dg.Definitions:
             ingest.catalogue,
             ingest.accounting,
             build_scores(config),
+            *build_scorer_report(config),
             *build_labels(config),
             caches.latents,
             caches.prompt_embeddings,
