@@ -5,13 +5,14 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
+REFERENCE ?= .venv-reference
 export POLYPHONY_HOME ?= $(CURDIR)/.polyphony
 export DAGSTER_HOME := $(POLYPHONY_HOME)/dagster_home
 PORT ?= 3000
 # Nothing is fetched from a model hub by the small world; libraries that ask are told so.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error DIFFUSERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1
 
-.PHONY: help setup home demo ui test test-slow check bench world-models clean
+.PHONY: help setup reference home demo ui test test-slow test-reference test-gpu check bench bench-gpu world-models clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -22,7 +23,18 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev]"
 	touch $@
 
+# Nothing but what the group names: no package brings others along, and torch no CUDA libraries.
+$(REFERENCE)/.installed: pyproject.toml
+	test -x $(REFERENCE)/bin/python || $(PYTHON) -m venv $(REFERENCE)
+	@echo "installing the original packages into $(REFERENCE) (about a minute) ..."
+	$(REFERENCE)/bin/python -m pip install --disable-pip-version-check -q --upgrade "pip>=25.1"
+	$(REFERENCE)/bin/python -m pip install --disable-pip-version-check -q --no-deps --group reference
+	$(REFERENCE)/bin/python -I pipelines/scoring/reference_driver.py check
+	touch $@
+
 setup: $(VENV)/.installed  ## install into .venv with the tested versions
+
+reference: $(REFERENCE)/.installed  ## install the original packages hpsv2 and image-reward into .venv-reference
 
 home: ## make DAGSTER_HOME and copy dagster.yaml into it
 	@mkdir -p "$(DAGSTER_HOME)"
@@ -35,10 +47,16 @@ ui: setup home  ## the Dagster UI over the demo's own instance, on 127.0.0.1:$(P
 	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dg dev --host 127.0.0.1 --port $(PORT)
 
 test: setup  ## the default tests
-	$(OFFLINE) $(BIN)/python -m pytest -m "not slow and not gpu"
+	$(OFFLINE) $(BIN)/python -m pytest -m "not slow and not gpu and not reference"
 
 test-slow: setup  ## the tests that take minutes
-	$(OFFLINE) $(BIN)/python -m pytest -m "slow and not gpu"
+	$(OFFLINE) $(BIN)/python -m pytest -m "slow and not gpu and not reference"
+
+test-reference: setup reference  ## our scorers against the original packages
+	$(OFFLINE) $(BIN)/python -m pytest -m reference
+
+test-gpu: setup  ## the tests that need a CUDA device
+	$(OFFLINE) $(BIN)/python -m pytest -m gpu
 
 check: setup  ## ruff, mypy, import-linter
 	$(BIN)/ruff check .
@@ -47,9 +65,14 @@ check: setup  ## ruff, mypy, import-linter
 	$(BIN)/lint-imports
 
 bench: setup  ## benchmarks: each prints what it measured, on which machine, against what
-	$(OFFLINE) $(BIN)/python -m benchmarks.scoring
+	$(OFFLINE) $(BIN)/python -m benchmarks.scoring ensemble --size tiny
+	$(OFFLINE) $(BIN)/python -m benchmarks.scoring ensemble --size base
+	$(OFFLINE) $(BIN)/python -m benchmarks.scoring plane
 	$(OFFLINE) $(BIN)/python -m benchmarks.ingest
 	$(OFFLINE) $(BIN)/python -m benchmarks.catalogue
+
+bench-gpu: setup  ## scoring speed in bf16 and the share of the card's matrix rate
+	$(OFFLINE) $(BIN)/python -m benchmarks.scoring gpu
 
 world-models: setup  ## train the small world's tiny models again (about 25 minutes on two cores)
 	$(OFFLINE) $(BIN)/python -m trainers.world_models

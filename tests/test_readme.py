@@ -30,8 +30,8 @@ def test_every_file_of_the_readmes_tree_is_there_and_every_module_is_in_the_tree
             path = "".join(folders[:depth]) + name
             assert (ROOT / path).exists(), path
             named.add(path)
-            if name.endswith("/") and depth == 0:
-                folders[:] = [name]
+            if name.endswith("/"):
+                folders[depth:] = [name]
     assert len(named) > 30
 
 
@@ -56,10 +56,14 @@ def test_the_readme_and_the_code_speak_of_the_project_alone():
 
 
 def test_the_readmes_configuration_is_one_and_names_every_layout(tmp_path):
-    (text,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    text, *others = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
     (tmp_path / "polyphony.toml").write_text(text)
     loaded = config.load(tmp_path / "polyphony.toml")
     assert [s.name for s in loaded.sources] == ["pickapic", "hpd"]
+    assert len(loaded.scorers) == 5
+    for other in others:
+        (tmp_path / "polyphony.toml").write_text(text + other)
+        assert len(config.load(tmp_path / "polyphony.toml").scorers) > 5
     assert (loaded.backbone.family, loaded.images.storage, loaded.suite().column) == ("sd15", "auto", "Prompt")
     assert all(f"| `{layout}` |" in README for layout in detect.LAYOUTS)
 
