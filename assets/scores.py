@@ -19,7 +19,7 @@ def score_key(scorer: str) -> dg.AssetKey:
 
 def build_scores(config: Config) -> dg.AssetsDefinition:
     """Return the multi-asset of the configured scorers."""
-    from pipelines.scoring import batches, workers
+    from pipelines.scoring import batches, checkpoints, workers
 
     specs = [
         dg.AssetSpec(
@@ -28,7 +28,7 @@ def build_scores(config: Config) -> dg.AssetsDefinition:
             group_name="scores",
             kinds={"torch", "parquet"},
             description=f"{s.kind} scores of every (image, prompt), by {(s.checkpoint or s.function).rsplit('/', 1)[-1]}.",
-            code_version=batches.CODE_VERSION,
+            code_version=f"{batches.CODE_VERSION}:{checkpoints.KINDS[s.kind].preprocessing}",
             metadata=meta.spec_metadata(schemas.SCORES),
         )
         for s in config.scorers

@@ -135,7 +135,9 @@ def _score(store: Store, config: configuration.Config, keys: list[str], options:
     mine = workers.part(keys, options.part) if options.part else keys
     if options.dry_run:
         places = devices.places(device, count)
-        say(forecast.forecast(store, mine, chosen, device=places[0], progress=say).text(len(places)))
+        threads = config.scoring.threads or max(1, batches.cores() // len(places))
+        ahead = forecast.forecast(store, mine, chosen, device=places[0], threads=threads, progress=say)
+        say(ahead.text(len(places)))
         return []
     failed: list[str] = []
     results = workers.score_shards(store, config, mine, chosen, device=device, workers=count, progress=say)
@@ -147,7 +149,7 @@ def _score(store: Store, config: configuration.Config, keys: list[str], options:
         else:
             for name, built in result.items():
                 _tell(f"{i}/{len(mine)} scores {name} {key}", built)
-    active, pending = batches.activate_finished(store, config, keys)
+    active, pending = batches.activate_finished(store, config, keys, chosen)
     say(f"active revisions: {', '.join(f'{name} {revision}' for name, revision in active.items()) or 'none'}")
     if pending and not (failed or options.part or options.scorers):
         raise StoreError("; ".join(pending))

@@ -278,6 +278,14 @@ def small_world(home: Path | None = None, world: WorldConfig | None = None) -> C
         scorers=(
             ScorerConfig(name="pickscore", kind="pickscore", checkpoint=str(WEIGHTS / "tiny-pickscore")),
             ScorerConfig(name="clip", kind="clip", checkpoint=str(WEIGHTS / "tiny-clip")),
+            ScorerConfig(name="hpsv2", kind="hpsv2.1", checkpoint=str(WEIGHTS / "tiny-hpsv2")),
+            ScorerConfig(name="imagereward", kind="imagereward", checkpoint=str(WEIGHTS / "tiny-imagereward")),
+            ScorerConfig(
+                name="aesthetic",
+                kind="aesthetic",
+                checkpoint=str(WEIGHTS / "tiny-aesthetic"),
+                backbone=str(WEIGHTS / "tiny-clip"),
+            ),
         ),
         backbones=(BackboneConfig(name="tiny", family="tiny", checkpoint=str(WEIGHTS / "tiny-sd"), resolution=32),),
     )

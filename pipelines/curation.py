@@ -43,8 +43,8 @@ def preferences(
         .group_by("image_id", "prompt_id")
         .agg(
             packed=pl.struct("scorer", "score"),
-            # A score that nobody has imported says nothing about the picture.
-            bad=_WHY.filter(~pl.col("status").is_in(["ok", "not_imported"])).first(),
+            # What nobody has imported, or one scorer's code cannot take, says nothing about the picture.
+            bad=_WHY.filter(~pl.col("status").is_in(["ok", "not_imported", "unscorable"])).first(),
         )
     )
     # An imported score may be ok where there are no bytes to train on; one shard that has them is enough.

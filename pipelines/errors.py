@@ -9,12 +9,14 @@ from pipelines.config import ConfigError
 from pipelines.hub import CheckpointError
 from pipelines.prompts import PromptSuiteError
 from pipelines.schemas import SchemaError
+from pipelines.scoring.checkpoints import ScoringError
 from pipelines.scoring.imported import ImportedScoresError
 from pipelines.sources import SourceError
 from pipelines.tables import StoreError
 
 EXPECTED = (
-    *(ConfigError, CheckpointError, ImportedScoresError, PromptSuiteError, SchemaError, SourceError, StoreError),
+    *(ConfigError, CheckpointError, ImportedScoresError, PromptSuiteError, SchemaError, ScoringError),
+    *(SourceError, StoreError),
     *(FileNotFoundError, FileExistsError, PermissionError, ConnectionError),
 )
 

@@ -128,7 +128,7 @@ VOTE_STATUSES = (
     "unreadable",
 )
 IMAGE_STATUSES = ("ok", "no_bytes", "missing", "refused", "unreadable", "truncated", "too_large")
-SCORE_STATUSES = (*IMAGE_STATUSES, "undecodable", "changed", "not_imported")
+SCORE_STATUSES = (*IMAGE_STATUSES, "undecodable", "changed", "not_imported", "unscorable")
 SPLITS = ("train", "validation", "test")
 
 _PROMPT_ID = Column("prompt_id", pl.String, "prompt, by its normalised text")

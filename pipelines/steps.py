@@ -30,9 +30,8 @@ class Labels:
     def _inputs(self, *tables: str) -> list[Manifest]:
         """Return the commits of votes, the catalogue's view of them, active scores, and the whole tables named."""
         catalogue.require_current(self.store, self.shard_keys)
-        batches.require_current(self.store, self.config, self.shard_keys)
-        current = self.store.current_revisions()
-        wanted = [batches.partition(s, current.get(s, "none"), k) for s in self.scorers for k in self.shard_keys]
+        current = batches.require_active(self.store, self.config, self.shard_keys)
+        wanted = [batches.partition(s, current[s], k) for s in self.scorers for k in self.shard_keys]
         scores, votes = self.store.require_all("scores", wanted), self.store.require_all("votes", self.shard_keys)
         over_all = [self.store.require(t) for t in ("catalogue_votes", "catalogue_pairs")]
         return [*votes, *over_all, *scores, *(self.store.require(t) for t in tables)]

@@ -9,6 +9,7 @@ mathematics (a module per kind), how a batch is run (`scorer`), several processe
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections import deque
@@ -23,8 +24,9 @@ from pipelines import catalogue, images, schemas, stored
 from pipelines.config import Config, ScorerConfig
 from pipelines.identity import fingerprint
 from pipelines.scoring import checkpoints, imported
+from pipelines.scoring.checkpoints import CheckpointError, ScoringError
 from pipelines.scoring.parts import Parts
-from pipelines.tables import Built, Store, StoreError
+from pipelines.tables import Built, Manifest, Store, StoreError
 
 if TYPE_CHECKING:
     from pipelines.scoring.scorer import Scorer
@@ -33,6 +35,10 @@ CODE_VERSION = "3"
 AHEAD = 2
 """Batches that are decoded before the models need them: what bounds memory."""
 SECONDS_BETWEEN_MESSAGES = 10.0
+_LOST = ("missing", "changed")
+"""Statuses of images that were there at ingestion."""
+_LOOKED_AT = 64
+_TRIES = 5
 Progress = Callable[[str], None]
 
 
@@ -46,6 +52,7 @@ class _Due:
     """A scorer whose scores of the shard are to be made: where they go, from what, and what is done already."""
 
     config: ScorerConfig
+    revision: str
     where: str
     mark: str
     parts: Parts
@@ -80,22 +87,15 @@ def score_shard(
     catalogue.require_images_and_scorables(store, shard_key)
     image_manifest = store.require("images", shard_key)
     owned = owned_pairs(store, [shard_key]).collect()
+    wanted = _wanted(owned, image_manifest.content)
     built: dict[str, Built] = {}
     due: list[_Due] = []
     for scorer in scorers:
-        revision = checkpoints.revision(scorer)
-        where, mark = (
-            partition(scorer.name, revision, shard_key),
-            _mark(store, scorer, owned, image_manifest.content, revision),
-        )
-        existing = store.manifest("scores", where)
-        # What could not be read then is tried again: the disk may have come back.
-        is_whole = existing is not None and not existing.extra.get("images_lost")
-        if existing is not None and is_whole and existing.fingerprint == mark:
-            built[scorer.name] = Built(existing, True)
+        state = _state(store, scorer, shard_key, wanted)
+        if isinstance(state, _Due):
+            due.append(state)
         else:
-            parts = Parts(store, where, mark)
-            due.append(_Due(scorer, where, mark, parts, parts.read()))
+            built[scorer.name] = Built(state, True)
 
     def commit(of: _Due, rows: pl.DataFrame, facts: dict[str, Any], started: float) -> None:
         if len(rows) != len(owned):
@@ -113,20 +113,40 @@ def score_shard(
         built[of.config.name] = Built(manifest, False)
 
     started = time.monotonic()
-    for of in (d for d in due if d.config.kind == "imported"):
+    modelled: list[_Due] = []
+    for of in due:
+        if of.config.kind != "imported":
+            modelled.append(of)
+            continue
         rows, facts = imported.score_owned(store, of.config, owned), imported.facts(of.config)
-        if partition(of.config.name, facts["revision"], shard_key) != of.where:
+        if facts["revision"] != of.revision:
             raise imported.ImportedScoresError(
                 f"scorer {of.config.name!r}: {of.config.checkpoint}: changed while it was read; score again"
             )
         commit(of, rows, facts, started)
-    if modelled := [d for d in due if d.config.kind != "imported"]:
-        for of in modelled:
-            if of.config.name not in models:
-                progress(f"loading {of.config.name} ({of.config.kind}) on {device}")
-                models[of.config.name] = load(of.config, device)
+    if modelled:
+        if len(owned):
+            for of in modelled:
+                _load(models, of, device, progress)
         _score(store, shard_key, owned, modelled, models, threads or cores(), part_seconds, progress, commit)
     return {s.name: built[s.name] for s in scorers}
+
+
+def _load(models: dict[str, Any], of: _Due, device: str, progress: Progress) -> None:
+    """Load a scorer's model unless it is there in the revision that is due."""
+    kept = models.get(of.config.name)
+    if kept is not None and kept.revision == of.revision:
+        return
+    # The old one first: two of them may not fit on the device.
+    models.pop(of.config.name, None)
+    del kept
+    progress(f"loading {of.config.name} ({of.config.kind}) on {device}")
+    model = load(of.config, device)
+    if not model.revision == checkpoints.revision(of.config) == of.revision:
+        raise CheckpointError(
+            f"scorer {of.config.name!r}: its files changed while they were read; score again when they are written"
+        )
+    models[of.config.name] = model
 
 
 def owned_pairs(store: Store, shard_keys: Sequence[str]) -> pl.LazyFrame:
@@ -139,10 +159,13 @@ def owned_pairs(store: Store, shard_keys: Sequence[str]) -> pl.LazyFrame:
     )
 
 
-def _mark(store: Store, scorer: ScorerConfig, owned: pl.DataFrame, images_content: str, revision: str) -> str:
-    # Only what this shard owns enters: a new shard elsewhere leaves these scores as they are.
-    rows = owned.select("image_id", "prompt_id").rows()
-    wanted = fingerprint(rows=rows, images=images_content)
+def _wanted(owned: pl.DataFrame, images_content: str) -> str:
+    """Return the fingerprint of what a shard owns: a new shard elsewhere leaves it as it is."""
+    return fingerprint(rows=owned.select("image_id", "prompt_id").rows(), images=images_content)
+
+
+def _mark(store: Store, scorer: ScorerConfig, wanted: str, revision: str) -> str:
+    """Return the fingerprint of what a scorer's scores of a shard are made from; wanted: of _wanted."""
     parts = {"code_version": CODE_VERSION, "version": schemas.SCORES.version, "rows": wanted, "revision": revision}
     if scorer.kind == "imported":
         # A file names images, and which image a name means is known over all shards.
@@ -150,15 +173,67 @@ def _mark(store: Store, scorer: ScorerConfig, owned: pl.DataFrame, images_conten
     return fingerprint(**parts)
 
 
+def _state(store: Store, scorer: ScorerConfig, shard_key: str, wanted: str) -> Manifest | _Due:
+    """Return the commit of a scorer's scores of a shard if there is nothing to do, else what there is to do."""
+    revision = checkpoints.revision(scorer)
+    where = partition(scorer.name, revision, shard_key)
+    mark = _mark(store, scorer, wanted, revision)
+    parts = Parts(store, where, mark)
+    existing = store.manifest("scores", where)
+    if existing is None or existing.fingerprint != mark:
+        return _Due(scorer, revision, where, mark, parts, parts.read())
+    if not existing.extra.get("images_lost"):
+        return existing
+    # What could not be read then is tried again: the disk may have come back.
+    rows = store.read(schemas.SCORES, where)
+    is_lost = pl.col("status").is_in(_LOST)
+    lost = set(rows.filter(is_lost)["image_id"])
+    if all(image.is_lost for some in stored.read_images(store, shard_key, lost, _LOOKED_AT) for image in some):
+        return existing
+    return _Due(scorer, revision, where, mark, parts, rows.filter(~is_lost))
+
+
 def unfinished(
-    store: Store, scorer: ScorerConfig, revision: str, shard_key: str, owned: pl.DataFrame, images_content: str
+    store: Store, scorer: ScorerConfig, shard_key: str, owned: pl.DataFrame, images_content: str
 ) -> pl.DataFrame | None:
     """Return the pairs of a shard that a scorer has left, its parts counted as done; None if the shard is committed."""
-    where, mark = partition(scorer.name, revision, shard_key), _mark(store, scorer, owned, images_content, revision)
-    existing = store.manifest("scores", where)
-    if existing is not None and existing.fingerprint == mark and not existing.extra.get("images_lost"):
-        return None
-    return owned.join(Parts(store, where, mark).read(), on=["image_id", "prompt_id"], how="anti")
+    state = _state(store, scorer, shard_key, _wanted(owned, images_content))
+    return owned.join(state.done, on=["image_id", "prompt_id"], how="anti") if isinstance(state, _Due) else None
+
+
+def _incomplete(
+    store: Store, scorers: Sequence[ScorerConfig], shard_keys: Sequence[str]
+) -> dict[str, tuple[str, str | None]]:
+    """Return scorer -> (its present revision, why that is not complete over these shards; None: it is).
+
+    A scorer whose files are missing has no revision, ''.
+    """
+    by_owner = {key: part for (key,), part in owned_pairs(store, shard_keys).collect().group_by("owner")}
+    nothing = pl.DataFrame(schema={"image_id": pl.String, "prompt_id": pl.String})
+    # group_by does not promise an order within a group.
+    wanted = {
+        m.partition: _wanted(by_owner.get(m.partition, nothing).sort("image_id", "prompt_id"), m.content)
+        for m in store.require_all("images", shard_keys)
+    }
+    found: dict[str, tuple[str, str | None]] = {}
+    for scorer in scorers:
+        try:
+            revision = checkpoints.revision(scorer)
+        except (CheckpointError, imported.ImportedScoresError) as error:
+            found[scorer.name] = ("", str(error))
+            continue
+        found[scorer.name] = (revision, None)
+        for key in shard_keys:
+            manifest = store.manifest("scores", partition(scorer.name, revision, key))
+            if manifest is None or manifest.fingerprint != _mark(store, scorer, wanted[key], revision):
+                state = "missing" if manifest is None else "older than the shard or the catalogue"
+                why = (
+                    f"scores of {scorer.name} revision {revision}, shard {key}, are {state}; score it "
+                    f"(`python -m pipelines score`, or materialize scores/{scorer.name})"
+                )
+                found[scorer.name] = (revision, why)
+                break
+    return found
 
 
 def require_current(store: Store, config: Config, shard_keys: list[str]) -> None:
@@ -167,22 +242,27 @@ def require_current(store: Store, config: Config, shard_keys: list[str]) -> None
     Raises:
         StoreError: a shard's scores under the present revision of a scorer are missing or old; names shard and scorer.
     """
-    by_owner = {key: part for (key,), part in owned_pairs(store, shard_keys).collect().group_by("owner")}
-    nothing = pl.DataFrame(schema={"image_id": pl.String, "prompt_id": pl.String})
-    contents = {m.partition: m.content for m in store.require_all("images", shard_keys)}
-    for scorer in config.scorers:
-        revision = checkpoints.revision(scorer)
-        for key in shard_keys:
-            content = contents[key]
-            # group_by does not promise an order within a group.
-            owned = by_owner.get(key, nothing).sort("image_id", "prompt_id")
-            manifest = store.manifest("scores", partition(scorer.name, revision, key))
-            if manifest is None or manifest.fingerprint != _mark(store, scorer, owned, content, revision):
-                state = "missing" if manifest is None else "older than the shard or the catalogue"
-                raise StoreError(
-                    f"scores of {scorer.name} revision {revision}, shard {key}, are {state}; score it "
-                    f"(`python -m pipelines score`, or materialize scores/{scorer.name})"
-                )
+    for _, why in _incomplete(store, config.scorers, shard_keys).values():
+        if why is not None:
+            raise StoreError(why)
+
+
+def require_active(store: Store, config: Config, shard_keys: list[str]) -> dict[str, str]:
+    """Return scorer -> revision if the present revisions are complete, made for the present images, and active.
+
+    Raises:
+        StoreError: a shard's scores are missing or old, or another revision is the active one.
+    """
+    require_current(store, config, shard_keys)
+    active = store.current_revisions()
+    revisions = {s.name: checkpoints.revision(s) for s in config.scorers}
+    for name, revision in revisions.items():
+        if active.get(name) != revision:
+            raise StoreError(
+                f"{store.location}: the active revision of {name} is {active.get(name, 'none')}, the configuration's is "
+                f"{revision}; make it the active one (`python -m pipelines score`, or materialize active_scores)"
+            )
+    return revisions
 
 
 def load(scorer: ScorerConfig, device: str) -> Scorer:
@@ -199,12 +279,14 @@ def cores() -> int:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A decoded picture as every model's input, or why there is none."""
+    """An image as the models' inputs, or why there is none: for all of them (status), or for one preprocessing (refused)."""
 
     image: stored.StoredImage
-    inputs: dict[str, Any]
     status: str
     reason: str | None
+    inputs: dict[str, Any]
+    refused: dict[str, str]
+    seconds: float = 0.0
 
 
 def _prepare_ahead(
@@ -217,14 +299,22 @@ def _prepare_ahead(
 
     def prepare(row: stored.StoredImage) -> _Prepared:
         if row.data is None:
-            return _Prepared(row, {}, row.status, row.reason)
+            return _Prepared(row, row.status, row.reason, {}, {})
+        started = time.perf_counter()
+        # The encoded bytes are not needed any more behind this, and a chunk of them is large.
+        bare = stored.StoredImage(row.image_id, None, "ok", None)
         try:
             picture = Picture(images.decode(row.data), row.data)
-            inputs = {key: how(picture) for key, how in preparers.items()}
         except images.UndecodableImage as error:
-            return _Prepared(row, {}, "undecodable", str(error))
-        # The encoded bytes are not needed any more, and a chunk of them is large.
-        return _Prepared(stored.StoredImage(row.image_id, None, "ok", None), inputs, "ok", None)
+            return _Prepared(bare, "undecodable", str(error), {}, {})
+        inputs: dict[str, Any] = {}
+        refused: dict[str, str] = {}
+        for key, how in preparers.items():
+            try:
+                inputs[key] = how(picture)
+            except images.UndecodableImage as error:
+                refused[key] = str(error)
+        return _Prepared(bare, "ok", None, inputs, refused, time.perf_counter() - started)
 
     with ThreadPoolExecutor(threads, "prepare") as pool:
         waiting: deque[list[Future[_Prepared]]] = deque()
@@ -254,25 +344,27 @@ def _score(
     """Score with every due model what earlier runs have not; commit the scorers' tables at the end."""
     started = last = time.monotonic()
     left = {d.config.name: _prompts_of(owned.join(d.done, on=["image_id", "prompt_id"], how="anti")) for d in due}
-    wanted = set().union(*left.values())
-    active = [models[d.config.name] for d in due]
+    wanted: set[str] = set().union(*left.values())
     frames = {d.config.name: [d.done] for d in due}
     seconds = dict.fromkeys(frames, 0.0)
     lost: set[str] = set()
-    for model in active:
+    done, preparing = 0, 0.0
+    active = [(d, models[d.config.name]) for d in due if left[d.config.name]]
+    for of, model in active:
         before = time.monotonic()
-        model.encode_all([p for prompts in left[model.name].values() for _, p in prompts])
-        seconds[model.name] += time.monotonic() - before
-    chunk = max((m.batch_size for m in active), default=1)
-    done = 0
-    for prepared in _prepare_ahead(store, shard_key, wanted, active, chunk, threads):
+        model.encode_all([p for prompts in left[of.config.name].values() for _, p in prompts])
+        seconds[of.config.name] += time.monotonic() - before
+    chunk = max((model.batch_size for _, model in active), default=1)
+    scorers = [model for _, model in active]
+    for prepared in _prepare_ahead(store, shard_key, wanted, scorers, chunk, threads) if active else ():
         lost.update(p.image.image_id for p in prepared if p.image.is_lost)
-        for of, model in zip(due, active, strict=True):
-            before = time.monotonic()
-            rows = _rows(model, prepared, left[model.name])
-            seconds[model.name] += time.monotonic() - before
-            frames[model.name].append(rows)
-            of.parts.add(rows.filter(~pl.col("image_id").is_in(list(lost))), part_seconds)
+        preparing += sum(p.seconds for p in prepared)
+        for of, model in active:
+            name, before = of.config.name, time.monotonic()
+            rows = _rows(model, prepared, left[name])
+            seconds[name] += time.monotonic() - before
+            frames[name].append(rows)
+            of.parts.add(rows.filter(~pl.col("status").is_in(_LOST)), part_seconds)
             for message in model.messages:
                 progress(message)
             model.messages.clear()
@@ -281,14 +373,23 @@ def _score(
             last = time.monotonic()
             rate = done / max(last - started, 1e-9)
             progress(
-                f"{shard_key}: {done}/{len(wanted)} images with {', '.join(m.name for m in active)}, "
+                f"{shard_key}: {done}/{len(wanted)} images with {', '.join(m.name for m in scorers)}, "
                 f"{rate:.1f} images/s, {(len(wanted) - done) / rate:.0f} s left"
             )
-    for of, model in zip(due, active, strict=True):
-        # How fast this model alone was, for estimates; what earlier runs had done is no part of it.
-        scored = sum(len(prompts) for prompts in left[model.name].values())
-        facts = {"images_lost": len(lost), "pairs_scored": scored, "model_seconds": round(seconds[model.name], 3)}
-        commit(of, pl.concat(frames[model.name]), {**model.facts, **facts}, started)
+    for of in due:
+        name = of.config.name
+        rows = pl.concat(frames[name])
+        facts: dict[str, Any] = {} if name not in models else models[name].facts
+        # How fast this model alone and the preparing threads were, for forecasts; earlier runs' work is no part of it.
+        facts |= {
+            "revision": of.revision,
+            "images_lost": rows.filter(pl.col("status").is_in(_LOST))["image_id"].n_unique(),
+            "pairs_scored": sum(map(len, left[name].values())),
+            "model_seconds": round(seconds[name], 3),
+            "images_prepared": done - len(lost),
+            "preparing_seconds": round(preparing, 3),
+        }
+        commit(of, rows, facts, started)
 
 
 def _prompts_of(pairs: pl.DataFrame) -> dict[str, list[tuple[str, str]]]:
@@ -300,41 +401,52 @@ def _prompts_of(pairs: pl.DataFrame) -> dict[str, list[tuple[str, str]]]:
 
 
 def _rows(model: Scorer, prepared: list[_Prepared], left: dict[str, list[tuple[str, str]]]) -> pl.DataFrame:
-    """Return one model's rows of `scores` for a chunk of images."""
-    good = [p for p in prepared if p.status == "ok" and p.image.image_id in left]
+    """Return one model's rows of `scores` for a chunk of images.
+
+    Raises:
+        ScoringError: the model gave something that is no number.
+    """
+    mine = [p for p in prepared if p.image.image_id in left]
+    key = model.preprocessing
+    good = [p for p in mine if key in p.inputs]
     pairs = [(i, *prompt) for i, p in enumerate(good) for prompt in left[p.image.image_id]]
-    values = model.score_pairs([p.inputs[model.preprocessing] for p in good], [(i, text) for i, _, text in pairs])
-    rows: list[tuple[str, str, float | None, str, str | None]] = [
-        (good[i].image.image_id, prompt_id, float(value), "ok", None)
-        for (i, prompt_id, _), value in zip(pairs, values, strict=True)
-    ]
-    rows += [
-        (p.image.image_id, prompt_id, None, p.status, p.reason)
-        for p in prepared
-        if p.status != "ok"
-        for prompt_id, _ in left.get(p.image.image_id, ())
-    ]
+    values = model.score_pairs([p.inputs[key] for p in good], [(i, text) for i, _, text in pairs])
+    rows: list[tuple[str, str, float | None, str, str | None]] = []
+    for (i, prompt_id, prompt), value in zip(pairs, values, strict=True):
+        if not math.isfinite(value):
+            raise ScoringError(
+                f"scorer {model.name!r} ({model.config.precision} on {model.device}): the score of image "
+                f"{good[i].image.image_id} with the prompt {prompt[:200]!r} is {value}; broken weights give such scores, "
+                f"or a number too large for the precision"
+            )
+        rows.append((good[i].image.image_id, prompt_id, float(value), "ok", None))
+    for p in mine:
+        if key not in p.inputs:
+            status, reason = (p.status, p.reason) if p.status != "ok" else ("unscorable", p.refused[key])
+            rows += [(p.image.image_id, prompt_id, None, status, reason) for prompt_id, _ in left[p.image.image_id]]
     return pl.DataFrame(rows, schema=schemas.SCORES.polars_schema, orient="row")
 
 
-def activate_finished(store: Store, config: Config, shard_keys: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Make the present revision of every scorer active whose shards are all scored.
+def activate_finished(
+    store: Store, config: Config, shard_keys: list[str], scorers: Sequence[ScorerConfig] | None = None
+) -> tuple[dict[str, str], list[str]]:
+    """Make the present revision of every scorer (of these) active whose shards are all scored.
 
-    Returns scorer -> active revision, and why others are not: their earlier revision, if there is one, stays active.
+    Returns scorer -> active revision, of all scorers that have one, and why others of these are not complete: their
+    earlier revision, if there is one, stays active.
     """
-    before = store.current_revisions()
-    revisions, pending = {}, []
-    for scorer in config.scorers:
-        try:
-            require_current(store, config.model_copy(update={"scorers": (scorer,)}), shard_keys)
-            revisions[scorer.name] = checkpoints.revision(scorer)
-        except StoreError as error:
-            pending.append(str(error))
-            if scorer.name in before:
-                revisions[scorer.name] = before[scorer.name]
-    if revisions != before:
-        store.publish("scores/current.json", json.dumps({"revisions": revisions}, indent=1).encode())
-    return revisions, pending
+    found = _incomplete(store, config.scorers if scorers is None else scorers, shard_keys)
+    complete = {name: revision for name, (revision, why) in found.items() if why is None}
+    for name, revision in complete.items():
+        # Leftovers of a run that was killed between its commit and its end.
+        store.remove(f"_parts/scores/{partition(name, revision, '')}".rstrip("/"))
+    for _ in range(_TRIES):
+        # Read again after the checks, which take time: another run may have activated another scorer meanwhile.
+        now = store.current_revisions()
+        if complete.items() <= now.items():
+            break
+        store.publish("scores/current.json", json.dumps({"revisions": {**now, **complete}}, indent=1).encode())
+    return store.current_revisions(), [why for _, why in found.values() if why is not None]
 
 
 def activate(store: Store, config: Config, shard_keys: list[str]) -> dict[str, str]:

@@ -18,6 +18,10 @@ from pipelines.identity import file_digest, fingerprint
 REVISION_CHARACTERS = 12
 
 
+class ScoringError(RuntimeError):
+    """A model, a judge of one's own or a worker failed; the message says which, on what, and what to do."""
+
+
 @dataclass(frozen=True)
 class Need:
     """Files that a kind needs: one of several sets, from the folder that an option of the scorer names.
@@ -43,13 +47,16 @@ class Kind:
 _MODEL = (("config.json", "model.safetensors"), ("config.json", "pytorch_model.bin"))
 _TOKENIZER = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 """Either of these sets makes a CLIP tokenizer."""
-_TOKENIZER_OPTIONS = ("tokenizer_config.json", "special_tokens_map.json")
+_TOKENIZER_OPTIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-_CLIP_FOLDER = (
-    Need("checkpoint", _MODEL),
-    Need("processor", (("preprocessor_config.json",),), hub=_VIT_H),
-    Need("processor", _TOKENIZER, _TOKENIZER_OPTIONS, hub=_VIT_H),
-)
+
+
+def _clip_folder(hub: str) -> tuple[Need, ...]:
+    return (
+        Need("checkpoint", _MODEL, hub=hub),
+        Need("processor", (("preprocessor_config.json",),), hub=_VIT_H),
+        Need("processor", _TOKENIZER, _TOKENIZER_OPTIONS, hub=_VIT_H),
+    )
 
 
 def _hpsv2(file: str) -> tuple[Need, ...]:
@@ -60,8 +67,8 @@ def _hpsv2(file: str) -> tuple[Need, ...]:
 
 
 KINDS: dict[str, Kind] = {
-    "pickscore": Kind("pickscore", "rgb,shortest-bicubic-pil,crop-floor:2", _CLIP_FOLDER),
-    "clip": Kind("clip_score", "rgb,shortest-bicubic-pil,crop-floor:2", _CLIP_FOLDER),
+    "pickscore": Kind("pickscore", "rgb,shortest-bicubic-pil,crop-floor:2", _clip_folder("yuvalkirstain/PickScore_v1")),
+    "clip": Kind("clip_score", "rgb,shortest-bicubic-pil,crop-floor:2", _clip_folder(_VIT_H)),
     "hpsv2": Kind("hpsv2", "rgb,longest-bicubic-float-antialias,pad:1", _hpsv2("HPS_v2_compressed.pt")),
     "hpsv2.1": Kind("hpsv2", "rgb,longest-bicubic-float-antialias,pad:1", _hpsv2("HPS_v2.1_compressed.pt")),
     "imagereward": Kind(
@@ -103,20 +110,20 @@ def resolve(scorer: ScorerConfig) -> dict[str, Path]:
 
 def _find(scorer: ScorerConfig, need: Need) -> dict[str, Path]:
     given = getattr(scorer, need.option)
-    names = {n for s in need.sets for n in s} | set(need.optional)
     places = [given] if given else [scorer.checkpoint, *([need.hub] if need.hub else [])]
     looked: list[Path] = []
     failed: CheckpointError | None = None
     for place in places:
-        try:
-            folder = _folder(scorer, need.option, place, sorted(names))
-        except CheckpointError as error:
-            failed = error
-            continue
         # A checkpoint that is named as a file may have another name than the published one.
         file = Path(place) if len(need.sets) == 1 and need.option == "checkpoint" else None
-        looked.append(folder)
         for chosen in need.sets:
+            try:
+                # One set after the other: a hub's repository may hold the weights in two formats.
+                folder = _folder(scorer, need.option, place, sorted({*chosen, *need.optional}))
+            except CheckpointError as error:
+                failed = error
+                break
+            looked.append(folder)
             paths = {n: folder / n for n in chosen}
             if file is not None and file.is_file():
                 paths[chosen[0]] = file
@@ -126,7 +133,7 @@ def _find(scorer: ScorerConfig, need: Need) -> dict[str, Path]:
         raise failed
     missing = next(n for n in need.sets[0] if not (looked[0] / n).exists())
     how = HOW_TO_GET.get(missing) or (
-        f"`hf download {need.hub or '<hub id>'} --local-dir FOLDER` fetches it; set the scorer's {need.option} to FOLDER"
+        f"`hf download {need.hub} --local-dir FOLDER` fetches it; set the scorer's {need.option} to FOLDER"
     )
     raise CheckpointError(
         f"scorer {scorer.name!r} ({scorer.kind}): {looked[0] / missing} is missing; expected "
@@ -156,13 +163,20 @@ def revision(scorer: ScorerConfig) -> str:
     if scorer.precision != "float32":
         parts["precision"] = scorer.precision
     if scorer.backend != "native":
-        parts["backend"] = scorer.backend
+        parts |= {"backend": scorer.backend, "packages": _packages(scorer)}
     if scorer.kind == "imported":
         parts |= _imported(scorer)
     if scorer.kind == "custom":
         parts |= {"function": scorer.function, "options": scorer.options, "revision": scorer.revision}
         parts["source"] = file_digest(custom_source(scorer))
     return fingerprint(**parts)[:REVISION_CHARACTERS]
+
+
+def _packages(scorer: ScorerConfig) -> list[str]:
+    """Return the versions of what computes the scores in the original packages' environment."""
+    names = ("hpsv2-", "image_reward-", "torch-", "torchvision-", "transformers-", "timm-", "pillow-")
+    found = Path(scorer.reference_python).parent.parent.glob("lib/python*/site-packages/*.dist-info")
+    return sorted(p.name for p in found if p.name.startswith(names))
 
 
 def _digests(files: Mapping[str, Path]) -> dict[str, str]:

@@ -24,13 +24,14 @@ from pipelines.config import ScorerConfig
 from pipelines.hub import CheckpointError
 from pipelines.identity import file_digest
 from pipelines.scoring import checkpoints
+from pipelines.scoring.checkpoints import ScoringError
 from pipelines.scoring.pictures import Picture
 from pipelines.scoring.scorer import Scorer, _is_out_of_memory
 
 Judge = Callable[[list[Image.Image], list[str]], Any]
 
 
-class CustomScorerError(RuntimeError):
+class CustomScorerError(ScoringError):
     """A custom scorer's function failed or returned something else than scores; names scorer, function and place."""
 
 

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from pipelines.config import ConfigError
+
 
 def resolve_device(device: str) -> str:
-    """Return the device to use: 'auto' is CUDA where there is one, else the CPU."""
-    if device != "auto":
+    """Return the device to use: 'auto' is CUDA where there is one, else the CPU.
+
+    Raises:
+        ConfigError: a CUDA device that is not there.
+    """
+    if device != "auto" and not device.startswith("cuda"):
         return device
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    count, number = torch.cuda.device_count(), device.partition(":")[2] or "0"
+    if not (number.isdecimal() and int(number) < count):
+        raise ConfigError(
+            f"device = {device!r}: torch {torch.__version__} sees {count} CUDA devices; set scoring.device or "
+            f"training.device to 'auto' or 'cpu', or install a torch with CUDA"
+        )
+    return device
 
 
 def places(device: str, workers: int) -> list[str]:

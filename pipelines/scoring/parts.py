@@ -8,6 +8,7 @@ Belongs here: keeping and finding finished rows. Does not belong here: scoring.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import time
@@ -37,7 +38,11 @@ class Parts:
     def read(self) -> pl.DataFrame:
         """Return the rows that earlier runs have finished, each once."""
         names = [n for n in self._store.list_files(self._folder) if n.endswith(".parquet")]
-        frames = [pl.read_parquet(io.BytesIO(self._store.read_bytes(n))) for n in names]
+        frames = []
+        for name in names:
+            # Another run may have committed the shard meanwhile and removed its parts.
+            with contextlib.suppress(FileNotFoundError):
+                frames.append(pl.read_parquet(io.BytesIO(self._store.read_bytes(name))))
         return pl.concat([schemas.SCORES.empty(), *frames]).unique(_KEY, keep="first", maintain_order=True)
 
     def add(self, rows: pl.DataFrame, seconds: float) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pipelines.scoring.scorer import Scorer
 
 CODE_VERSION = "1"
-PAIRS = 2_000
+PAIRS = 1_000
 GOAL = 0.005
 """Share of votes that bfloat16 may flip."""
 SHARDS = 8
@@ -61,7 +61,7 @@ class PrecisionReport:
 
 def has_model(scorer: ScorerConfig) -> bool:
     """Return whether a scorer computes in a precision that we choose."""
-    return scorer.kind != "imported" and scorer.backend == "native"
+    return scorer.kind not in ("imported", "custom") and scorer.backend == "native"
 
 
 def configured(config: Config) -> list[ScorerConfig]:

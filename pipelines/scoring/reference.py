@@ -28,6 +28,7 @@ from pipelines.config import ConfigError, ScorerConfig
 from pipelines.hub import CheckpointError
 from pipelines.images import UndecodableImage
 from pipelines.scoring import checkpoints, reference_driver
+from pipelines.scoring.checkpoints import ScoringError
 from pipelines.scoring.pictures import Picture
 from pipelines.scoring.scorer import Scorer
 
@@ -40,7 +41,7 @@ _TAIL = 2000
 _SECONDS_TO_END = 5.0
 
 
-class ReferencePackageError(RuntimeError):
+class ReferencePackageError(ScoringError):
     """The process of the original packages failed or died; the message has what it said."""
 
 

@@ -23,7 +23,7 @@ from pipelines import catalogue, schemas
 from pipelines.config import Config
 from pipelines.scoring import batches, precision
 from pipelines.scoring.differences import correlation, standard_deviation
-from pipelines.tables import Built, Manifest, Store, StoreError
+from pipelines.tables import Built, Manifest, Store
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,10 +70,7 @@ def build(store: Store, config: Config, shard_keys: Sequence[str]) -> dict[str, 
 
 def _inputs(store: Store, config: Config, shard_keys: list[str]) -> list[Manifest]:
     catalogue.require_current(store, shard_keys)
-    batches.require_current(store, config, shard_keys)
-    current = store.current_revisions()
-    if missing := [s.name for s in config.scorers if s.name not in current]:
-        raise StoreError(f"{store.location}: no active scores of {missing}; score all shards first")
+    current = batches.require_active(store, config, shard_keys)
     wanted = [batches.partition(s.name, current[s.name], k) for s in config.scorers for k in shard_keys]
     over_all = [store.require(t) for t in ("catalogue_votes", "catalogue_pairs", "catalogue_scorables")]
     return [*store.require_all("votes", shard_keys), *over_all, *store.require_all("scores", wanted)]

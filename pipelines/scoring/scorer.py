@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.metadata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -24,6 +25,8 @@ from pipelines.scoring import checkpoints
 from pipelines.scoring.pictures import Picture
 
 _PROMPTS_KEPT = 200_000
+_OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What is said where memory is asked for by others than torch's allocator of the device."""
 _Model = TypeVar("_Model", bound=torch.nn.Module)
 
 
@@ -43,7 +46,14 @@ class Scorer(ABC):
     @property
     def facts(self) -> dict[str, Any]:
         """Return what a reader of the scores must know; it goes into every manifest."""
-        return {"kind": self.kind, "revision": self.revision, "precision": self.config.precision}
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "pillow")}
+        return {
+            "kind": self.kind,
+            "revision": self.revision,
+            "precision": self.config.precision,
+            "device": str(self.device),
+            "versions": versions,
+        }
 
     @abstractmethod
     def prepare(self, picture: Picture) -> Any:
@@ -67,10 +77,12 @@ class Scorer(ABC):
     @torch.inference_mode()
     def encode_all(self, prompts: Sequence[str]) -> None:
         """Encode the prompts of a whole shard, each distinct one once, in full batches."""
+        # More than are kept would push each other out; the rest is encoded when its pictures come.
+        some = list(dict.fromkeys(prompts))[: _PROMPTS_KEPT // 2]
         while True:
             try:
                 with self._arithmetic():
-                    self.encode_prompts(prompts)
+                    self.encode_prompts(some)
                 return
             except RuntimeError as error:
                 if not _is_out_of_memory(error) or self.batch_size == 1:
@@ -160,7 +172,7 @@ class PromptFeatures:
     def add(self, prompts: Sequence[str], batch_size: int) -> None:
         """Encode those that are not kept yet."""
         new = sorted(set(prompts) - self._kept.keys(), key=lambda p: (self._length(p), p))
-        if len(self._kept) + len(new) > self._limit:
+        if new and len(self._kept) + len(new) > self._limit:
             self._kept.clear()
             new = sorted(set(prompts), key=lambda p: (self._length(p), p))
         for start in range(0, len(new), batch_size):
@@ -173,7 +185,7 @@ class PromptFeatures:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def load(config: ScorerConfig, device: str = "cpu") -> Scorer:

@@ -18,12 +18,14 @@ from typing import Any
 from pipelines import config as configuration
 from pipelines.config import Config, ConfigError, ScorerConfig
 from pipelines.scoring import batches, devices, imported
+from pipelines.scoring.checkpoints import ScoringError
 from pipelines.sources import SourceError
 from pipelines.tables import Built, Store
 
 Result = tuple[str, dict[str, Built] | Exception]
 _SHARD_FAILURES = (SourceError,)
 """What costs one shard alone: a file of its source that cannot be read now."""
+_SECONDS_TO_END = 5.0
 
 
 def part(keys: Sequence[str], which: str) -> list[str]:
@@ -55,7 +57,7 @@ def score_shards(
         workers: processes; 1: this one; 0: one per GPU, or one where there is none.
 
     Raises:
-        RuntimeError: a worker was killed; its shard's finished part is kept, run the command again.
+        ScoringError: a worker was killed, or a model failed; finished shards and parts are kept.
         hub.CheckpointError, tables.StoreError: see batches.score_shard.
     """
     device = devices.resolve_device(device)
@@ -63,6 +65,8 @@ def score_shards(
     for scorer in (s for s in scorers if s.kind == "imported"):
         progress(f"{scorer.name}: {imported.coverage_text(imported.coverage(store, scorer))}")
     if len(places) == 1 or len(keys) <= 1:
+        if places[0].startswith("cuda"):
+            _leave_cores_to_threads()
         models: dict[str, Any] = {}
         for key in keys:
             yield key, _score(store, config, key, scorers, places[0], models, config.scoring.threads, progress)
@@ -76,6 +80,7 @@ def score_shards(
     teller = threading.Thread(target=_tell, args=(messages, progress), daemon=True)
     teller.start()
     threads = config.scoring.threads or max(1, batches.cores() // len(places))
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
         len(places), context, _start, (store.location, config, tuple(scorers), threads, free, messages)
     )
@@ -83,15 +88,27 @@ def score_shards(
         futures = {pool.submit(_work, key): key for key in keys}
         for future in as_completed(futures):
             yield futures[future], future.result()
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "a scoring worker died (killed, or out of memory); finished shards and parts are kept, run the command again, "
-            "with fewer --workers or a smaller batch_size if memory ran out"
-        ) from error
+    except BaseException as error:
+        # Their parts are kept, and a shard may take an hour: nobody waits for those under way.
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise ScoringError(
+                "a scoring worker died (killed, or out of memory); finished shards and parts are kept, run the command "
+                "again, with fewer --workers or a smaller batch_size if memory ran out"
+            ) from error
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         messages.put(None)
-        teller.join()
+        teller.join(_SECONDS_TO_END)
+
+
+def _leave_cores_to_threads() -> None:
+    import torch
+
+    # Each thread that resizes a tensor would start as many threads again as there are cores.
+    torch.set_num_threads(1)
 
 
 def _score(
@@ -147,6 +164,8 @@ def _start(
     place = free.get()
     if place == "cpu":
         torch.set_num_threads(threads)
+    else:
+        _leave_cores_to_threads()
     _worker.update(
         store=Store(location), config=config, scorers=scorers, device=place, models={}, threads=threads, tell=messages
     )

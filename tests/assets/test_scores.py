@@ -58,10 +58,6 @@ def project(ingested_copy, tiny_config, tmp_path):
     return run, store, keys
 
 
-def materialized(result):
-    return {e.asset_key.to_user_string(): e for e in result.asset_materializations_for_node("scores")} if result else {}
-
-
 def rows_of(result, scorer, key):
     events = [
         e.materialization

@@ -1,6 +1,8 @@
 """How a shard is walked: resumption, memory, repeated prompts and pictures, several processes, forecasts."""
 
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -12,7 +14,7 @@ import polars as pl
 import pytest
 import torch
 
-from pipelines import images, schemas, stored
+from pipelines import images, schemas, steps, stored
 from pipelines.config import ConfigError, ScorerConfig
 from pipelines.scoring import batches, checkpoints, devices, forecast, scorer, workers
 from pipelines.scoring.pictures import Picture
@@ -114,7 +116,6 @@ def test_a_killed_process_loses_at_most_what_no_part_holds(largest, clip, tmp_pa
     before = batches.unfinished(
         store,
         clip,
-        checkpoints.revision(clip),
         key,
         batches.owned_pairs(store, [key]).collect(),
         store.require("images", key).content,
@@ -166,6 +167,114 @@ def test_a_resumed_run_scores_for_each_scorer_what_that_scorer_lacks(largest, cl
     assert built["second"].manifest.extra["pairs_scored"] == built["second"].manifest.rows
     assert built["clip"].manifest.extra["pairs_scored"] <= built["clip"].manifest.rows - held
     assert rows_of(store, built["clip"])["image_id"].equals(rows_of(store, built["second"])["image_id"])
+
+
+def test_replaced_weights_are_loaded_again_and_never_scored_under_the_wrong_revision(
+    ingested_copy, clip, tmp_path, make_tiny_clip
+):
+    store, _ = ingested_copy
+    owners = store.read(schemas.CATALOGUE_SCORABLES)["owner"].value_counts(sort=True)["owner"]
+    folder = make_tiny_clip(tmp_path / "mine", seed=5)
+    mine = clip.model_copy(update={"checkpoint": str(folder)})
+    models = {}
+    first = batches.score_shard(store, owners[0], [mine], models=models)["clip"]
+    other = make_tiny_clip(tmp_path / "other", seed=6)
+    (folder / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
+    second = batches.score_shard(store, owners[1], [mine], models=models)["clip"]
+    assert first.manifest.extra["revision"] != second.manifest.extra["revision"] == checkpoints.revision(mine)
+    fresh = batches.score_shard(store, owners[1], [clip.model_copy(update={"checkpoint": str(other), "name": "fresh"})])
+    a, b = rows_of(store, second), rows_of(store, fresh["fresh"])
+    assert a["score"].equals(b["score"])
+
+
+def test_weights_that_change_while_they_are_read_are_refused(largest, clip, monkeypatch):
+    store, key = largest
+    real = batches.load
+
+    class Changed:
+        revision = "another"
+
+    monkeypatch.setattr(batches, "load", lambda config, device: real(config, device) and Changed())
+    with pytest.raises(checkpoints.CheckpointError, match="changed while they were read"):
+        batches.score_shard(store, key, [clip])
+    assert store.manifests("scores") == []
+
+
+def test_what_one_scorer_cannot_take_the_others_score(largest, clip):
+    store, key = largest
+    picky, other = Counting(clip.model_copy(update={"name": "picky"})), Counting(clip)
+    picky.preprocessing = "picky"
+    taken = picky.prepare
+
+    def prepare(picture):
+        if np.asarray(picture.rgb)[0, 0, 0] > 128:
+            raise images.UndecodableImage("its package fails on bright corners")
+        return taken(picture)
+
+    picky.prepare = prepare
+    built = batches.score_shard(store, key, [picky.config, clip], models={"picky": picky, "clip": other})
+    mine, theirs = rows_of(store, built["picky"]), rows_of(store, built["clip"])
+    assert set(theirs["status"]) == {"ok"}
+    assert set(mine["status"]) == {"ok", "unscorable"}
+    refused = mine.filter(status="unscorable")
+    assert refused["score"].null_count() == len(refused)
+    assert set(refused["reason"]) == {"its package fails on bright corners"}
+
+
+def test_a_score_that_is_no_number_is_an_error_that_names_the_image_and_is_kept_nowhere(largest, clip):
+    store, key = largest
+    model = Counting(clip)
+    real = model.compare
+    model.compare = lambda features, rows, prompts: real(features, rows, prompts).log().neg().sqrt()
+    with pytest.raises(
+        checkpoints.ScoringError, match=r"scorer 'clip'.*score of image [0-9a-f]{32} with the prompt .* is nan"
+    ):
+        batches.score_shard(store, key, [clip], models={"clip": model}, part_seconds=0)
+    assert parts_of(store) == []
+    assert store.manifests("scores") == []
+
+
+def test_a_shard_whose_lost_images_stay_lost_is_not_scored_again_and_one_that_is_back_is_alone(
+    largest, clip, monkeypatch
+):
+    store, key = largest
+    owned = batches.owned_pairs(store, [key]).collect()["image_id"].unique(maintain_order=True).to_list()
+    gone = set(owned[:2])
+    real = stored.read_images
+
+    def read(*arguments):
+        for rows in real(*arguments):
+            yield [
+                stored.StoredImage(r.image_id, None, "missing", "the disk is away", True) if r.image_id in gone else r
+                for r in rows
+            ]
+
+    monkeypatch.setattr(stored, "read_images", read)
+    first = batches.score_shard(store, key, [clip])["clip"].manifest
+    assert (first.extra["images_lost"], first.rows_by_status["missing"]) == (2, 2)
+    monkeypatch.setattr(batches, "load", None)
+    again = batches.score_shard(store, key, [clip])["clip"]
+    assert again.is_reused
+    assert again.manifest == first
+    monkeypatch.undo()
+    monkeypatch.setattr(stored, "read_images", read)
+    gone.pop()
+    seen = []
+    decode = images.decode
+    monkeypatch.setattr(images, "decode", lambda data: seen.append(data) or decode(data))
+    then = batches.score_shard(store, key, [clip])["clip"].manifest
+    assert len(seen) == 1
+    assert (then.extra["images_lost"], then.rows, then.extra["pairs_scored"]) == (1, first.rows, 2)
+
+
+def test_a_shard_that_owns_nothing_loads_no_model(ingested_copy, clip, monkeypatch):
+    store, keys = ingested_copy
+    scorables = store.read(schemas.CATALOGUE_SCORABLES)
+    inputs = store.require("catalogue_scorables").inputs
+    others = scorables.filter(pl.col("owner") != keys[0])
+    store.write(schemas.CATALOGUE_SCORABLES, others, made_from="x", inputs=inputs)
+    monkeypatch.setattr(batches, "load", None)
+    assert batches.score_shard(store, keys[0], [clip])["clip"].manifest.rows == 0
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -288,6 +397,7 @@ def test_kept_prompts_are_bounded_and_those_asked_for_are_there():
     kept.add(["a", "bb", "ccc"], 2)
     kept.add(["bb", "dddd", "eeeee"], 2)
     assert kept.take(["eeeee", "bb"]).flatten().tolist() == [5.0, 2.0]
+    kept.add(["bb"], 2)
     assert calls == ["a", "bb", "ccc", "bb", "dddd", "eeeee"]
 
 
@@ -411,6 +521,37 @@ def test_one_worker_per_gpu_or_as_many_as_asked_for(monkeypatch):
     assert devices.places("cpu", 2) == ["cpu", "cpu"]
 
 
+def test_interrupted_workers_end_at_once(ingested_copy, tiny_config, tmp_path, monkeypatch):
+    store, keys = ingested_copy
+    (tmp_path / "slow_judge.py").write_text(SLOW_JUDGE)
+    (tmp_path / "started").mkdir()
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.getcwd()}")
+    monkeypatch.syspath_prepend(tmp_path)
+    options = {"folder": str(tmp_path / "started")}
+    slow = ScorerConfig(name="slow", kind="custom", function="slow_judge:judge", options=options)
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    def interrupt_when_started():
+        until = time.monotonic() + 60
+        while not list((tmp_path / "started").iterdir()) and time.monotonic() < until:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    thread = threading.Thread(target=interrupt_when_started)
+    thread.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(workers.score_shards(store, tiny_config, keys, [slow], device="cpu", workers=2))
+    finally:
+        thread.join()
+        signal.signal(signal.SIGUSR1, before)
+    assert list((tmp_path / "started").iterdir()), "no worker had started: the test says nothing"
+    assert multiprocessing.active_children() == []
+
+
 # --- activation, forecasts -------------------------------------------------------------------------------------------
 
 
@@ -427,6 +568,51 @@ def test_a_scorer_that_is_complete_becomes_active_though_another_is_not(ingested
     with pytest.raises(StoreError, match=second.name):
         batches.activate(store, tiny_config, keys)
     assert store.current_revisions() == active
+
+
+def test_activation_leaves_scorers_of_other_configurations_active(ingested_copy, tiny_config, tmp_path):
+    store, keys = ingested_copy
+    first, second = tiny_config.scorers
+    for key in keys:
+        batches.score_shard(store, key, [first, second])
+    both = batches.activate(store, tiny_config, keys)
+    alone = tiny_config.model_copy(update={"scorers": (first,)})
+    assert batches.activate(store, alone, keys) == both == store.current_revisions()
+    absent = second.model_copy(update={"checkpoint": str(tmp_path / "absent"), "name": "absent"})
+    active, pending = batches.activate_finished(
+        store, tiny_config.model_copy(update={"scorers": (first, absent)}), keys
+    )
+    assert active == both
+    assert len(pending) == 1
+    assert "absent/config.json is missing" in pending[0]
+
+
+def test_labels_are_refused_while_another_revision_than_the_configured_one_is_active(ingested_copy, tiny_config):
+    store, keys = ingested_copy
+    for key in keys:
+        batches.score_shard(store, key, tiny_config.scorers)
+    batches.activate(store, tiny_config, keys)
+    store.publish("scores/current.json", b'{"revisions": {"pickscore": "0123456789ab", "clip": "0123456789ab"}}')
+    with pytest.raises(StoreError, match="the active revision of pickscore is 0123456789ab, the configuration's is"):
+        steps.Labels(store, tiny_config, keys).calibration()
+
+
+def test_leftover_parts_are_gone_once_a_scorer_is_active(ingested_copy, tiny_config):
+    store, keys = ingested_copy
+    (first, _), one = tiny_config.scorers, tiny_config.model_copy(update={"scorers": tiny_config.scorers[:1]})
+    for key in keys:
+        batches.score_shard(store, key, [first])
+    left = f"_parts/scores/{first.name}/revision={checkpoints.revision(first)}/{keys[0]}/0123/00000-1.parquet"
+    store.publish(left, b"")
+    batches.activate(store, one, keys)
+    assert parts_of(store) == []
+
+
+def test_a_cuda_device_that_is_not_there_is_a_clear_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert devices.resolve_device("cuda:0") == "cuda:0"
+    with pytest.raises(ConfigError, match=r"device = 'cuda:1'.* sees 1 CUDA devices"):
+        devices.resolve_device("cuda:1")
 
 
 def test_a_forecast_counts_what_is_left_and_says_where_its_speed_comes_from(ingested_copy, clip, monkeypatch):
@@ -452,6 +638,10 @@ def test_a_forecast_counts_what_is_left_and_says_where_its_speed_comes_from(inge
     assert left.left == total - done.rows
     assert left.pairs_per_second == pytest.approx(done.rows / done.extra["model_seconds"], rel=1e-3)
     assert "last 1 shards" in left.measured_on
+    ahead = forecast.forecast(store, keys, [clip], threads=2)
+    decoding = done.extra["preparing_seconds"] / done.extra["images_prepared"] * ahead.images_left / 2 / 3600
+    assert ahead.preparing_hours == pytest.approx(decoding)
+    assert ahead.hours(3) == pytest.approx(max(left.hours, decoding) / 3)
     for key in keys[1:]:
         monkeypatch.undo()
         batches.score_shard(store, key, [clip])
