@@ -33,6 +33,9 @@ from pipelines.files import is_local
 from pipelines.identity import fingerprint
 
 STAGED_SECONDS = 86_400
+# The mask can only be read by setting it.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
 _REQUESTS = 16
 """Small files read at once from an object store."""
 WHOLE = "all"
@@ -174,6 +177,8 @@ class Store:
     def _staging_file(self) -> Path:
         self._staging.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=self._staging, suffix=".staged")
+        # A temporary file is its owner's alone; a table is for whoever may read the store.
+        os.fchmod(handle, 0o666 & ~_UMASK)
         os.close(handle)
         return Path(name)
 

@@ -244,3 +244,9 @@ def test_a_partition_older_than_its_input_is_refused_with_both_names(store):
     store.write(schemas.PROMPTS, prompts("two"), partition="a", made_from="y")
     with pytest.raises(StoreError, match=r"prompts/b was made from another prompts/a"):
         store.require_current("prompts", "b")
+
+
+def test_a_file_of_the_store_is_readable_by_whoever_the_system_lets_read(store, tmp_path):
+    store.publish("a.json", b"{}")
+    (tmp_path / "plain").touch()
+    assert Path(store.path("a.json")).stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -1,81 +1,34 @@
-"""Trains the tiny reward models on votes of a small world of their own (another seed, another pool of prompts).
+"""Trains the tiny reward models that are CLIPs on votes of a small world of their own.
 
 `clip`: the symmetric contrastive loss on (preferred picture, prompt). `pickscore`: fine-tuned from it on pairs,
--log softmax(exp(logit_scale) * cos) at the recorded label (Kirstain et al. 2023, arXiv 2305.01569).
+-log softmax(exp(logit_scale) * cos) at the recorded label (Kirstain et al. 2023, arXiv 2305.01569). `hpsv2`: a CLIP of
+open_clip's kind (exact GELU), contrastive and then on the decided votes of other people, the same softmax over the
+pictures of a prompt (Wu et al. 2023, arXiv 2306.09341).
 """
 
 from __future__ import annotations
 
 import copy
-import io
 import json
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import polars as pl
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from pipelines.world import raw, scene
+from pipelines.scoring import open_clip
+from pipelines.scoring.pictures import CLIP_MEAN, CLIP_STD
+from pipelines.world import scene
 from trainers.world_models import tokenizer as world_tokenizer
-from trainers.world_models.generator import Log, learning_rate_schedule, tokenize
+from trainers.world_models.generator import Log, tokenize
+from trainers.world_models.votes import Fit, Pairs, Votes
 
-WORLD = raw.WorldConfig(
-    seed=1_000_003,
-    prompt_pool="rewards",
-    pickapic_shards={"train": 12, "test": 1},
-    pickapic_prompts={"train": 480, "test": 100},
-    rows_per_shard=2_000,
-    hpd_train_prompts=1,
-    hpd_test_groups=1,
-    hpd_test_groups_of_ten=0,
-)
-NAMES = ("clip", "pickscore")
-CLIP_STEPS, PICKSCORE_STEPS, BATCH = 1_200, 500, 96
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """N decided or tied votes: pictures [N, 2, 3, 32, 32] normalised, token ids [N, T], label of the first [N]."""
-
-    pictures: torch.Tensor
-    tokens: torch.Tensor
-    label_0: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.label_0)
-
-
-def read_pairs(folder: Path, split: str, tokenizer: CLIPTokenizer) -> Pairs:
-    """Read one split's labelled votes from raw files in Pick-a-Pic's layout."""
-    frame = pl.concat([pl.read_parquet(f) for f in sorted((folder / "pickapic" / "data").glob(f"{split}-*.parquet"))])
-    frame = frame.filter(pl.col("has_label"))
-
-    def decode(column: str) -> torch.Tensor:
-        stack = np.stack([np.asarray(Image.open(io.BytesIO(b)).convert("RGB")) for b in frame[column]])
-        return torch.from_numpy(stack).permute(0, 3, 1, 2)
-
-    pixels = torch.stack([decode("jpg_0"), decode("jpg_1")], 1).float() / 255
-    pixels = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-    label = torch.tensor(frame["label_0"].to_numpy().copy(), dtype=torch.float32)
-    return Pairs(pixels, tokenize(tokenizer, frame["caption"].to_list()), label)
-
-
-def held_out_pairs(world_folder: Path) -> Pairs:
-    """Write the rewards' world and return the votes of it that no model was trained on."""
-    raw.write_world(world_folder, WORLD)
-    return read_pairs(world_folder, "test", world_tokenizer.build())
-
-
-def load(folder: Path) -> CLIPModel:
-    """Load a saved reward model in float32."""
-    return CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+CLIP_STEPS, PICKSCORE_STEPS = 1_200, 500
+HPSV2_CLIP_STEPS, HPSV2_STEPS = 500, 400
+HPSV2_PEOPLE = (0.0, 0.6)
+"""The share of the votes that `hpsv2` learns from: another model's people, so that its errors are its own."""
+HPSV2_FILE = "HPS_v2.1_compressed.pt"
 
 
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -130,68 +83,27 @@ def _pair_margin(model: CLIPModel, batch: Pairs) -> torch.Tensor:
 
 
 def _preference_loss(model: CLIPModel, batch: Pairs) -> torch.Tensor:
+    """Return the cross-entropy of the softmax over a pair's two pictures, which is a logistic loss of the margin."""
     return F.binary_cross_entropy_with_logits(_pair_margin(model, batch), batch.label_0)
 
 
-def _take(pairs: Pairs, index: torch.Tensor) -> Pairs:
-    return Pairs(pairs.pictures[index], pairs.tokens[index], pairs.label_0[index])
-
-
-def accuracy(model: CLIPModel, pairs: Pairs) -> tuple[float, int]:
-    """Return the share of decided votes (ties left out) whose preferred picture scores higher, and their number."""
-    with torch.no_grad():
-        margin = torch.cat([_pair_margin(model, _take(pairs, i)) for i in torch.arange(len(pairs)).split(256)])
-    decided = pairs.label_0 != 0.5
-    right = margin * (pairs.label_0 - 0.5) > 0
-    return float(right[decided].float().mean()), int(decided.sum())
-
-
-def _fit(
-    model: CLIPModel,
-    pairs: Pairs,
-    test: Pairs,
-    objective: Callable[[CLIPModel, Pairs], torch.Tensor],
-    steps: int,
-    rate: float,
-    seed: int,
-    name: str,
-    log: Log,
-) -> CLIPModel:
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05)
-    schedule = learning_rate_schedule(optimizer, steps)
-    start = time.monotonic()
-    for step in range(steps):
-        batch = _take(pairs, torch.randint(0, len(pairs), (BATCH,), generator=generator))
-        loss = objective(model.train(), batch)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(max=np.log(100.0))
-        if step % 100 == 0 or step == steps - 1:
-            right, n = accuracy(model.eval(), test)
-            log(
-                f"{name} {step + 1}/{steps} loss {loss.item():.4f} accuracy {right:.1%} of {n} held-out votes "
-                f"{time.monotonic() - start:.0f} s"
-            )
-    return model.eval()
-
-
-def train_rewards(world_folder: Path, seed: int, log: Log) -> tuple[dict[str, CLIPModel], CLIPTokenizer]:
-    """Write the rewards' world, train `clip` on it and `pickscore` from it; return both models and the tokenizer."""
+def train_clip(train: Votes, test: Votes, tokenizer: CLIPTokenizer, seed: int, log: Log) -> CLIPModel:
+    """Train `clip` from nothing."""
     torch.manual_seed(seed)
-    raw.write_world(world_folder, WORLD)
-    tokenizer = world_tokenizer.build()
-    train, test = read_pairs(world_folder, "train", tokenizer), read_pairs(world_folder, "test", tokenizer)
-    log(f"reward models: {len(train)} votes to learn from, {len(test)} held out, prompts disjoint from every store's")
-    clip = _fit(build_clip(tokenizer), train, test, _contrastive_loss, CLIP_STEPS, 1e-3, seed, "clip", log)
-    pickscore = _fit(
-        copy.deepcopy(clip), train, test, _preference_loss, PICKSCORE_STEPS, 4e-4, seed + 1, "pickscore", log
-    )
-    return {"clip": clip, "pickscore": pickscore}, tokenizer
+    model = build_clip(tokenizer)
+    some, held = (v.tokenized(lambda prompts: tokenize(tokenizer, prompts)) for v in (train, test))
+    Fit("clip", CLIP_STEPS, 1e-3, seed, _contrastive_loss, _pair_margin).run(model, some, held, log)
+    return model
+
+
+def train_pickscore(
+    clip: CLIPModel, train: Votes, test: Votes, tokenizer: CLIPTokenizer, seed: int, log: Log
+) -> CLIPModel:
+    """Train `pickscore` from `clip`, which stays as it is."""
+    model = copy.deepcopy(clip)
+    some, held = (v.tokenized(lambda prompts: tokenize(tokenizer, prompts)) for v in (train, test))
+    Fit("pickscore", PICKSCORE_STEPS, 4e-4, seed, _preference_loss, _pair_margin).run(model, some, held, log)
+    return model
 
 
 def save_half(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
@@ -215,7 +127,54 @@ def save_half(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(MEAN),
-        "image_std": list(STD),
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing, indent=2) + "\n")
+
+
+def hpsv2_architecture(words: int) -> dict:
+    """Return the open_clip architecture of `hpsv2`; `words`: size of the vocabulary."""
+    return {
+        "embed_dim": 48,
+        "vision_cfg": {"image_size": scene.PIXELS, "layers": 3, "width": 80, "head_width": 20, "patch_size": 8},
+        "text_cfg": {
+            "context_length": world_tokenizer.MAX_TOKENS,
+            "vocab_size": words,
+            "width": 48,
+            "heads": 3,
+            "layers": 2,
+        },
+    }
+
+
+def train_hpsv2(train: Votes, test: Votes, tokenizer: CLIPTokenizer, seed: int, log: Log) -> CLIPModel:
+    """Train `hpsv2` from nothing."""
+    torch.manual_seed(seed)
+    vocab, merges = world_tokenizer.vocabulary(tokenizer)
+    model = CLIPModel(open_clip.clip_config(hpsv2_architecture(len(vocab))))
+    ids = open_clip.OpenClipTokenizer(vocab, merges, world_tokenizer.MAX_TOKENS)
+    some, held = train.part(*HPSV2_PEOPLE).tokenized(ids).decided(), test.tokenized(ids)
+    Fit("hpsv2, contrastive", HPSV2_CLIP_STEPS, 1e-3, seed, _contrastive_loss, _pair_margin).run(model, some, held, log)
+    Fit("hpsv2", HPSV2_STEPS, 4e-4, seed + 1, _preference_loss, _pair_margin).run(model, some, held, log)
+    return model
+
+
+def save_hpsv2(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Save an open_clip checkpoint in fp16 as HPSv2 publishes it, its architecture and its vocabulary."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {key: weight.half() for key, weight in open_clip.to_open_clip(model).items()}
+    torch.save({"state_dict": state}, folder / HPSV2_FILE)
+    vocab, merges = world_tokenizer.vocabulary(tokenizer)
+    write_json(folder / open_clip.CONFIG_FILE, hpsv2_architecture(len(vocab)))
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+    _write_merges(folder / "merges.txt", merges)
+
+
+def _write_merges(path: Path, merges: Sequence[tuple[str, str]]) -> None:
+    path.write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a configuration file as people read it."""
+    path.write_text(json.dumps(content, indent=2) + "\n")

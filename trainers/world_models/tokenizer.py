@@ -5,6 +5,8 @@ Any text can be tokenized (unknown words fall back to bytes); every word of the 
 
 from __future__ import annotations
 
+import json
+
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
@@ -44,3 +46,10 @@ def build() -> CLIPTokenizer:
         if len(tokenizer(word).input_ids) != 3:
             raise AssertionError(f"the word {word!r} is not one token: {tokenizer.tokenize(word)}")
     return tokenizer
+
+
+def vocabulary(tokenizer: CLIPTokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return a tokenizer's token -> id in the order of the ids, and its merges, the first one merged first."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return dict(vocab), [(first, second) for first, second in model["merges"]]
