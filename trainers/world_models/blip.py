@@ -23,10 +23,11 @@ from trainers.world_models.generator import Log
 from trainers.world_models.votes import Fit, Pairs, Votes
 
 MATCHING_STEPS, STEPS = 600, 500
-PEOPLE = (0.4, 1.0)
-"""The share of the votes that it learns from: others than hpsv2's, but for a fifth."""
+PART = (0.4, 1.0)
+"""Between which shares of the votes it learns: others than hpsv2's but for a fifth, so that its errors are its own."""
 HEAD_WIDTHS = (1024, 128, 64, 16, 1)
 VIT = {"img_size": scene.PIXELS, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 4}
+PROJECTION = 256
 PAD = 0
 FILE, MED_FILE, VIT_FILE, VOCAB_FILE = "ImageReward.pt", "med_config.json", "vit_config.json", "vocab.txt"
 TOKENIZER_FILE = "tokenizer_config.json"
@@ -123,11 +124,15 @@ def train(folder: Path, votes: Votes, test: Votes, seed: int, log: Log) -> None:
     def tokenize(prompts: list[str]) -> torch.Tensor:
         return torch.tensor([t.ids for t in words.encode_batch(prompts)])
 
-    some, held = votes.part(*PEOPLE).tokenized(tokenize).decided(), test.tokenized(tokenize)
+    some, held = votes.part(*PART).tokenized(tokenize).decided(), test.tokenized(tokenize)
     Fit("imagereward, matching", MATCHING_STEPS, 1e-3, seed, _matching_loss, _margin).run(model, some, held, log)
     Fit("imagereward", STEPS, 4e-4, seed + 1, _preference_loss, _margin).run(model, some, held, log)
     _standardise(model, some)
     state = imagereward.to_published(model.vision, model.text, model.head)
+    # No score needs BLIP's contrastive projections, but the published file has them and the original package wants them.
+    for side, width in (("vision", VIT["embed_dim"]), ("text", model.text.config.hidden_size)):
+        state[f"blip.{side}_proj.weight"] = torch.zeros(PROJECTION, width)
+        state[f"blip.{side}_proj.bias"] = torch.zeros(PROJECTION)
     torch.save({key: weight.half() for key, weight in state.items()}, folder / FILE)
 
 

@@ -2,8 +2,8 @@
 
 `clip`: the symmetric contrastive loss on (preferred picture, prompt). `pickscore`: fine-tuned from it on pairs,
 -log softmax(exp(logit_scale) * cos) at the recorded label (Kirstain et al. 2023, arXiv 2305.01569). `hpsv2`: a CLIP of
-open_clip's kind (exact GELU), contrastive and then on the decided votes of other people, the same softmax over the
-pictures of a prompt (Wu et al. 2023, arXiv 2306.09341).
+open_clip's kind (exact GELU), contrastive and then the same softmax over a pair's pictures, both on a part of the decided
+votes (Wu et al. 2023, arXiv 2306.09341).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from trainers.world_models.votes import Fit, Pairs, Votes
 
 CLIP_STEPS, PICKSCORE_STEPS = 1_200, 500
 HPSV2_CLIP_STEPS, HPSV2_STEPS = 500, 400
-HPSV2_PEOPLE = (0.0, 0.6)
-"""The share of the votes that `hpsv2` learns from: another model's people, so that its errors are its own."""
+HPSV2_PART = (0.0, 0.6)
+"""Between which shares of the votes `hpsv2` learns: not from all that the others see, so that its errors are its own."""
 HPSV2_FILE = "HPS_v2.1_compressed.pt"
 
 
@@ -154,7 +154,7 @@ def train_hpsv2(train: Votes, test: Votes, tokenizer: CLIPTokenizer, seed: int, 
     vocab, merges = world_tokenizer.vocabulary(tokenizer)
     model = CLIPModel(open_clip.clip_config(hpsv2_architecture(len(vocab))))
     ids = open_clip.OpenClipTokenizer(vocab, merges, world_tokenizer.MAX_TOKENS)
-    some, held = train.part(*HPSV2_PEOPLE).tokenized(ids).decided(), test.tokenized(ids)
+    some, held = train.part(*HPSV2_PART).tokenized(ids).decided(), test.tokenized(ids)
     Fit("hpsv2, contrastive", HPSV2_CLIP_STEPS, 1e-3, seed, _contrastive_loss, _pair_margin).run(model, some, held, log)
     Fit("hpsv2", HPSV2_STEPS, 4e-4, seed + 1, _preference_loss, _pair_margin).run(model, some, held, log)
     return model
