@@ -354,7 +354,7 @@ def main() -> int:
         count = options.images or (24 if size == "base" else 200)
         return 0 if ensemble(size, count // 2, options.repeats) else 1
     if options.what == "plane":
-        return 0 if plane(options.images or 400, options.repeats) else 1
+        return 0 if plane(options.images or 600, options.repeats) else 1
     return 0 if gpu(options.size or "full", options.batch, options.repeats, options.device, options.precision) else 1
 
 

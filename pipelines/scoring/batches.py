@@ -358,13 +358,14 @@ def _score(
     scorers = [model for _, model in active]
     for prepared in _prepare_ahead(store, shard_key, wanted, scorers, chunk, threads) if active else ():
         lost.update(p.image.image_id for p in prepared if p.image.is_lost)
+        is_any_lost = any(p.image.is_lost for p in prepared)
         preparing += sum(p.seconds for p in prepared)
         for of, model in active:
             name, before = of.config.name, time.monotonic()
             rows = _rows(model, prepared, left[name])
             seconds[name] += time.monotonic() - before
             frames[name].append(rows)
-            of.parts.add(rows.filter(~pl.col("status").is_in(_LOST)), part_seconds)
+            of.parts.add(rows.filter(~pl.col("status").is_in(_LOST)) if is_any_lost else rows, part_seconds)
             for message in model.messages:
                 progress(message)
             model.messages.clear()

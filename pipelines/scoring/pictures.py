@@ -6,6 +6,7 @@ Every recipe equals the code of the package it comes from; what moved a score wh
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,6 +17,8 @@ from PIL import Image
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_LARGEST_SCRATCH = 3 * 2048 * 2048
+"""Floats that a thread keeps between pictures, 50 MB."""
 _LARGEST_RESIZED = 64_000_000
 """Pixels of a resized picture; beyond, the square that is looked at is resized alone."""
 
@@ -99,18 +102,33 @@ def longest_padded(picture: Picture, size: int) -> torch.Tensor:
     zeros to a square. (Without antialias: 0.13; Pillow's resize: 1.2e-2; padding after normalising: 0.50.)
     """
     image = picture.rgb
-    # Bytes to floats in one pass over memory, and 255 divided out of the small picture: 40 % less time, 4e-7 apart.
-    pixels = torch.empty((3, image.height, image.width))
+    # Bytes to floats in one pass over memory that is used again and again, and 255 divided out of the small picture: half
+    # the time, 4e-7 apart.
+    pixels = _scratch(image.height, image.width)
     pixels.copy_(torch.from_numpy(np.array(image)).permute(2, 0, 1))
     scale = size / max(image.size)
     if scale != 1.0:
         shape = [max(1, round(side * scale)) for side in (image.height, image.width)]
         pixels = F.interpolate(pixels[None], shape, mode="bicubic", antialias=True, align_corners=False)[0]
-    pixels /= 255
+    pixels = pixels / 255
     height, width = size - pixels.shape[1], size - pixels.shape[2]
     if height or width:
         pixels = F.pad(pixels, (width // 2, width - width // 2, height // 2, height - height // 2))
     return pixels
+
+
+_kept = threading.local()
+
+
+def _scratch(height: int, width: int) -> torch.Tensor:
+    """Return float32 [3, height, width] that this thread alone uses, until it asks again: fresh memory costs as much time."""
+    wanted = 3 * height * width
+    if wanted > _LARGEST_SCRATCH:
+        return torch.empty((3, height, width))
+    kept = getattr(_kept, "floats", None)
+    if kept is None or kept.numel() < wanted:
+        kept = _kept.floats = torch.empty(wanted)
+    return kept[:wanted].view(3, height, width)
 
 
 def normalise(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ Belongs here: how a batch is run. Does not belong here: a model's mathematics (a
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 from abc import ABC, abstractmethod
@@ -46,13 +47,12 @@ class Scorer(ABC):
     @property
     def facts(self) -> dict[str, Any]:
         """Return what a reader of the scores must know; it goes into every manifest."""
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "pillow")}
         return {
             "kind": self.kind,
             "revision": self.revision,
             "precision": self.config.precision,
             "device": str(self.device),
-            "versions": versions,
+            "versions": _versions(),
         }
 
     @abstractmethod
@@ -182,6 +182,11 @@ class PromptFeatures:
     def take(self, prompts: Sequence[str]) -> torch.Tensor:
         """Return the features of prompts that were added, [len(prompts), D]."""
         return torch.stack([self._kept[p] for p in prompts])
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "pillow")}
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

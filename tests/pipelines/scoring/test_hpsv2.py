@@ -138,3 +138,17 @@ def test_a_tokenizer_of_another_model_is_refused(tiny_hpsv2, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=r"ids up to 594.*tokenizer\.json is 599"):
         scorers.load(tiny_hpsv2.model_copy(update={"processor": str(tmp_path)}))
+
+
+def test_memory_that_is_used_again_never_changes_a_picture_that_was_prepared():
+    from pipelines.scoring import pictures
+
+    rng = np.random.default_rng(0)
+    shapes = [(64, 64), (300, 200), (64, 64), (20, 900), (64, 64)]
+    shown = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in shapes]
+    prepared = [pictures.longest_padded(Picture(i), 64) for i in shown]
+    kept = [p.clone() for p in prepared]
+    for image, first, copy in zip(reversed(shown), reversed(prepared), reversed(kept), strict=True):
+        again = pictures.longest_padded(Picture(image), 64)
+        assert torch.equal(first, copy)
+        assert torch.equal(again, copy)
