@@ -190,11 +190,13 @@ def _ensemble(size: str, prompts: int, pairs_per_prompt: int, repeats: int, *, c
     ):
         ratio = f"{times[name] / times['ours']:.2f} x"
         print(f"{what:<46}{times[name]:>10.2f}{len(ids) / times[name]:>19.1f}{ratio:>10}")
+    agree = f"largest difference of the scores (PickScore's by its scale) {worst:.1e}"
+    if size == "tiny":
+        print(f"the goal is one of ViT-B size; {agree}\n{machine()}")
+        return worst < TOLERANCE
     holds = times["loop"] / times["ours"] >= 3 or times["bare"] / times["ours"] >= 0.85
-    print(
-        f"goal: 3 x as fast as the loop, or 85 % of the bare forward passes' speed: {'met' if holds else 'NOT MET'}; "
-        f"largest difference of the scores (PickScore's by its scale) {worst:.1e}\n{machine()}"
-    )
+    goal = "3 x as fast as the loop, or 85 % of the bare forward passes' speed"
+    print(f"goal: {goal}: {'met' if holds else 'NOT MET'}; {agree}\n{machine()}")
     return holds and worst < TOLERANCE
 
 
