@@ -74,7 +74,7 @@ bench: setup  ## benchmarks: each prints what it measured, on which machine, aga
 bench-gpu: setup  ## scoring speed in bf16 and the share of the card's matrix rate
 	$(OFFLINE) $(BIN)/python -m benchmarks.scoring gpu
 
-world-models: setup  ## train the small world's tiny models again (about 25 minutes on two cores)
+world-models: setup  ## train the small world's tiny models again (about half an hour on two cores)
 	$(OFFLINE) $(BIN)/python -m trainers.world_models
 
 clean:  ## remove what the demo made in this folder

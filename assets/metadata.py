@@ -55,7 +55,8 @@ def of_builts(store: Store, table: schemas.Table, builts: Iterable[Built]) -> di
         "seconds": float(sum(b.manifest.seconds for b in builts if not b.is_reused)),
         "fingerprint": manifests[0].fingerprint if len(manifests) == 1 else f"{len(manifests)} partitions",
         "rejected_rows": sum(rejected.values()),
-        REUSED: dg.MetadataValue.bool(all(b.is_reused for b in builts)),
+        # Of nothing it cannot be said that it lay there already.
+        **({REUSED: dg.MetadataValue.bool(all(b.is_reused for b in builts))} if builts else {}),
         **({"rejected_by_reason": dg.MetadataValue.json(rejected)} if rejected else {}),
     }
 

@@ -334,7 +334,13 @@ SCORES = Table(
         _IMAGE_ID,
         _PROMPT_ID,
         Column("score", pl.Float32, "the reward model's published score; null unless status is ok", nullable=True),
-        Column("status", pl.String, "'ok', or why there is no score", values=SCORE_STATUSES),
+        Column(
+            "status",
+            pl.String,
+            "'ok', or why there is no score: the image's status, or undecodable, changed (other bytes than were ingested), "
+            "not_imported (no row in the file), unscorable (this scorer's code cannot take the image, others may)",
+            values=SCORE_STATUSES,
+        ),
         Column("reason", pl.String, "details of the status", nullable=True),
     ),
     key=("image_id", "prompt_id"),

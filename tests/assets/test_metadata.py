@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from assets import metadata as meta
+from pipelines import schemas
 
 
 def png(width, height):
@@ -33,3 +34,9 @@ def test_a_large_picture_is_shown_smaller_with_its_proportions(size):
     assert kind == "jpeg"
     assert len(data) <= meta.MAX_PICTURE_BYTES
     assert image.width / image.height == pytest.approx(size[0] / size[1], rel=0.05)
+
+
+def test_of_nothing_it_is_not_said_that_it_lay_there_already(store):
+    metadata = meta.of_builts(store, schemas.SCORER_PRECISION, [])
+    assert metadata["dagster/row_count"] == 0
+    assert meta.REUSED not in metadata

@@ -24,6 +24,7 @@ from pipelines import catalogue, ingest, schemas, steps, stored
 from pipelines import config as configuration
 from pipelines.config import ImagesConfig, SourceConfig
 from pipelines.errors import run_command
+from pipelines.scoring.parts import Parts
 from pipelines.sources import SourceError
 from pipelines.tables import Store, StoreError
 
@@ -606,3 +607,23 @@ def test_a_reference_that_is_refused_for_a_while_fails_the_step_and_gives_no_ima
     with server.refusing(lambda method, path, _: path.endswith(".jpg")), pytest.raises(SourceError, match=r"\.jpg"):
         images_of(store, keys[0])
     assert images_of(store, keys[0]) == good
+
+
+def test_finished_parts_of_a_killed_run_are_found_again_on_s3_and_removed_with_the_commit(s3_store):
+    rows = schemas.SCORES.conform(
+        pl.DataFrame(
+            {"image_id": ["a", "b", "c"], "prompt_id": ["p", "p", "q"], "score": [0.5, 1.5, None]}
+        ).with_columns(status=pl.Series(["ok", "ok", "undecodable"]), reason=pl.Series([None, None, "bad"]))
+    )
+    killed = Parts(s3_store, "clip/revision=0123456789ab/pap.one", "mark")
+    killed.add(rows.head(2), 0)
+    killed.add(rows.tail(1), 0)
+    other = Parts(s3_store, "clip/revision=0123456789ab/pap.one", "other")
+    assert other.read().is_empty()
+    found = Parts(s3_store, "clip/revision=0123456789ab/pap.one", "mark")
+    assert_frame_equal(found.read().sort("image_id"), rows)
+    Parts(s3_store, "clip/revision=0123456789ab/pap.two", "mark").clear()
+    assert len(found.read()) == 3
+    found.clear()
+    assert s3_store.list_files("_parts") == []
+    assert found.read().is_empty()

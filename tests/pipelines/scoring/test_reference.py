@@ -436,7 +436,7 @@ def test_a_shard_is_scored_and_an_image_that_the_package_refuses_is_a_row_with_t
     assert set(tables["native"]["status"]) == {"ok"}
     theirs = tables["reference"]
     (row,) = theirs.filter(theirs["status"] != "ok").iter_rows(named=True)
-    assert row["status"] == "undecodable"
+    assert row["status"] == "unscorable"
     assert row["reason"].startswith("hpsv2 1.2.0 fails on it: 224x100 is not square")
     same = tables["native"].filter(theirs["status"] == "ok")["score"].to_list()
     assert theirs.filter(theirs["status"] == "ok")["score"].to_list() == pytest.approx(same, abs=TOLERANCE["hpsv2"])
