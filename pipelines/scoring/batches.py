@@ -35,8 +35,8 @@ CODE_VERSION = "3"
 AHEAD = 2
 """Batches that are decoded before the models need them: what bounds memory."""
 SECONDS_BETWEEN_MESSAGES = 10.0
-_LOST = ("missing", "changed")
-"""Statuses of images that were there at ingestion."""
+_ABSENT = ("missing", "changed")
+"""Statuses of images that may be lost: there at ingestion, and to be tried again. Some were missing at ingestion already."""
 _LOOKED_AT = 64
 _TRIES = 5
 Progress = Callable[[str], None]
@@ -186,11 +186,11 @@ def _state(store: Store, scorer: ScorerConfig, shard_key: str, wanted: str) -> M
         return existing
     # What could not be read then is tried again: the disk may have come back.
     rows = store.read(schemas.SCORES, where)
-    is_lost = pl.col("status").is_in(_LOST)
-    lost = set(rows.filter(is_lost)["image_id"])
-    if all(image.is_lost for some in stored.read_images(store, shard_key, lost, _LOOKED_AT) for image in some):
+    is_absent = pl.col("status").is_in(_ABSENT)
+    absent = set(rows.filter(is_absent)["image_id"])
+    if not any(i.data is not None for some in stored.read_images(store, shard_key, absent, _LOOKED_AT) for i in some):
         return existing
-    return _Due(scorer, revision, where, mark, parts, rows.filter(~is_lost))
+    return _Due(scorer, revision, where, mark, parts, rows.filter(~is_absent))
 
 
 def unfinished(
@@ -358,14 +358,13 @@ def _score(
     scorers = [model for _, model in active]
     for prepared in _prepare_ahead(store, shard_key, wanted, scorers, chunk, threads) if active else ():
         lost.update(p.image.image_id for p in prepared if p.image.is_lost)
-        is_any_lost = any(p.image.is_lost for p in prepared)
         preparing += sum(p.seconds for p in prepared)
         for of, model in active:
             name, before = of.config.name, time.monotonic()
             rows = _rows(model, prepared, left[name])
             seconds[name] += time.monotonic() - before
             frames[name].append(rows)
-            of.parts.add(rows.filter(~pl.col("status").is_in(_LOST)) if is_any_lost else rows, part_seconds)
+            of.parts.add(rows.filter(~pl.col("image_id").is_in(list(lost))) if lost else rows, part_seconds)
             for message in model.messages:
                 progress(message)
             model.messages.clear()
@@ -384,7 +383,7 @@ def _score(
         # How fast this model alone and the preparing threads were, for forecasts; earlier runs' work is no part of it.
         facts |= {
             "revision": of.revision,
-            "images_lost": rows.filter(pl.col("status").is_in(_LOST))["image_id"].n_unique(),
+            "images_lost": len(lost & left[name].keys()),
             "pairs_scored": sum(map(len, left[name].values())),
             "model_seconds": round(seconds[name], 3),
             "images_prepared": done - len(lost),

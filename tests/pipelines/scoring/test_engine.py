@@ -267,6 +267,24 @@ def test_a_shard_whose_lost_images_stay_lost_is_not_scored_again_and_one_that_is
     assert (then.extra["images_lost"], then.rows, then.extra["pairs_scored"]) == (1, first.rows, 2)
 
 
+def test_images_that_were_missing_at_ingestion_already_are_not_looked_for_again(largest, clip, monkeypatch):
+    store, key = largest
+    absent = batches.owned_pairs(store, [key]).collect()["image_id"][0]
+    real = stored.read_images
+
+    def read(*arguments):
+        for rows in real(*arguments):
+            yield [
+                stored.StoredImage(absent, None, "missing", "no such file") if r.image_id == absent else r for r in rows
+            ]
+
+    monkeypatch.setattr(stored, "read_images", read)
+    first = batches.score_shard(store, key, [clip])["clip"].manifest
+    assert (first.extra["images_lost"], first.rows_by_status["missing"]) == (0, 1)
+    monkeypatch.setattr(batches, "load", None)
+    assert batches.score_shard(store, key, [clip])["clip"].is_reused
+
+
 def test_a_shard_that_owns_nothing_loads_no_model(ingested_copy, clip, monkeypatch):
     store, keys = ingested_copy
     scorables = store.read(schemas.CATALOGUE_SCORABLES)
