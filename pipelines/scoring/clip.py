@@ -40,7 +40,7 @@ class ClipScorer(Scorer):
         self.logit_scale = float(model.logit_scale.detach().float().exp())
         self._mean = torch.tensor(mean, device=self.device).view(3, 1, 1)
         self._std = torch.tensor(std, device=self.device).view(3, 1, 1)
-        self._prompts = PromptFeatures(lambda p: len(p), self._encode_prompts)
+        self._prompts = PromptFeatures(self._encode_prompts)
 
     @property
     def facts(self) -> dict[str, Any]:

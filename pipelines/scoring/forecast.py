@@ -18,6 +18,7 @@ import polars as pl
 
 from pipelines import images, schemas, stored
 from pipelines.config import ScorerConfig
+from pipelines.files import Folder
 from pipelines.scoring import batches, checkpoints
 from pipelines.tables import Manifest, Store
 
@@ -214,7 +215,25 @@ def _measured_speed(
 
 
 def _bytes_of(store: Store, key: str, wanted: pl.Series) -> int:
-    """Return the encoded bytes of these images of a shard that are known; not of those in a source's parquet files."""
-    frame = store.scan(schemas.IMAGES, partitions=[key]).filter(pl.col("image_id").is_in(wanted.implode()))
-    size = pl.coalesce(pl.col("bytes").bin.size(), pl.col("byte_length")).cast(pl.Int64)
-    return int(frame.select(size.sum()).collect().item() or 0)
+    """Return the encoded bytes of these images of a shard.
+
+    Where the store only knows the file that holds an image, its share of the file: all images of one parquet file, or a
+    file of its own, of which the first few stand for all.
+    """
+    held = (
+        store.scan(schemas.IMAGES, partitions=[key])
+        .select(
+            "uri",
+            is_wanted=pl.col("image_id").is_in(wanted.implode()),
+            size=pl.coalesce(pl.col("bytes").bin.size(), pl.col("byte_length")).cast(pl.Int64),
+        )
+        .collect()
+    )
+    total = int(held.filter("is_wanted")["size"].sum())
+    files = held.filter(pl.col("size").is_null(), pl.col("uri").is_not_null())
+    files = files.group_by("uri").agg(share=pl.col("is_wanted").mean()).filter(pl.col("share") > 0).sort("uri")
+    sizes = []
+    for uri, share in files.head(SAMPLE).iter_rows():
+        stat = Folder(uri).stat("")
+        sizes.append(share * stat.size if stat is not None else 0.0)
+    return total + (round(sum(sizes) / len(sizes) * len(files)) if sizes else 0)

@@ -163,20 +163,19 @@ class Scorer(ABC):
 class PromptFeatures:
     """Text features per prompt, computed once, shortest prompts first so that a batch pads little; bounded."""
 
-    def __init__(
-        self, length: Callable[[str], int], encode: Callable[[list[str]], torch.Tensor], limit: int = _PROMPTS_KEPT
-    ) -> None:
-        self._length, self._encode, self._limit = length, encode, limit
+    def __init__(self, encode: Callable[[list[str]], torch.Tensor], limit: int = _PROMPTS_KEPT) -> None:
+        self._encode, self._limit = encode, limit
         self._kept: dict[str, torch.Tensor] = {}
 
     def add(self, prompts: Sequence[str], batch_size: int) -> None:
         """Encode those that are not kept yet."""
-        new = sorted(set(prompts) - self._kept.keys(), key=lambda p: (self._length(p), p))
+        new = set(prompts) - self._kept.keys()
         if new and len(self._kept) + len(new) > self._limit:
             self._kept.clear()
-            new = sorted(set(prompts), key=lambda p: (self._length(p), p))
-        for start in range(0, len(new), batch_size):
-            part = new[start : start + batch_size]
+            new = set(prompts)
+        ordered = sorted(new, key=lambda prompt: (len(prompt), prompt))
+        for start in range(0, len(ordered), batch_size):
+            part = ordered[start : start + batch_size]
             self._kept |= dict(zip(part, self._encode(part), strict=True))
 
     def take(self, prompts: Sequence[str]) -> torch.Tensor:

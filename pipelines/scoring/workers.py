@@ -7,6 +7,7 @@ Belongs here: processes. Does not belong here: what a shard's scoring is (`batch
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import threading
@@ -138,7 +139,9 @@ def _score(
 
 def _tell(messages: Any, progress: batches.Progress) -> None:
     while (message := messages.get()) is not None:
-        progress(message)
+        # Whoever read the messages may have gone; undelivered ones would keep the workers from ending.
+        with contextlib.suppress(OSError):
+            progress(message)
 
 
 _worker: dict[str, Any] = {}

@@ -16,7 +16,7 @@ from polars.testing import assert_frame_equal
 
 from pipelines import catalogue, ingest, schemas, stored
 from pipelines.config import ImagesConfig, ScorerConfig, SourceConfig, small_world
-from pipelines.scoring import batches
+from pipelines.scoring import batches, forecast
 from pipelines.sources import SourceError
 from pipelines.tables import Store
 
@@ -238,6 +238,20 @@ def test_references_are_kept_without_bytes_and_give_the_bytes_and_scores_of_copi
     assert scores["score"].n_unique() > len(scores) // 2, "scores tell images apart"
     # Batches are composed in another order, which moves the last bits.
     assert_frame_equal(score(referred, keys), scores, abs_tol=1e-6)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_forecast_counts_the_bytes_of_referred_images_too(name, both, model):
+    _, copied, referred, keys = both(name)
+    exact, about = (forecast.forecast(s, keys, [model[0]], measure=False).read_bytes for s in (copied, referred))
+    owners = copied.read(schemas.CATALOGUE_SCORABLES).unique("image_id").select("image_id", "owner")
+    held = pl.concat(copied.read(schemas.IMAGES, k).with_columns(owner=pl.lit(k)) for k in keys)
+    assert exact == held.join(owners, on=["image_id", "owner"])["bytes"].bin.size().sum()
+    if name in ("hpd_tar", "webdataset", "hpd", "hpdv3", "pairs_paths"):
+        assert about == pytest.approx(exact, rel=0.02)
+    else:
+        # The parquet file that holds them: its other columns weigh much beside these small pictures, base64 a third more.
+        assert exact < about < 5 * exact
 
 
 def test_a_parquet_reference_names_row_group_row_and_column(both):

@@ -411,7 +411,7 @@ def test_kept_prompts_are_bounded_and_those_asked_for_are_there():
         calls.extend(prompts)
         return torch.tensor([[float(len(p))] for p in prompts])
 
-    kept = scorer.PromptFeatures(len, encode, limit=4)
+    kept = scorer.PromptFeatures(encode, limit=4)
     kept.add(["a", "bb", "ccc"], 2)
     kept.add(["bb", "dddd", "eeeee"], 2)
     assert kept.take(["eeeee", "bb"]).flatten().tolist() == [5.0, 2.0]
