@@ -37,7 +37,7 @@ def _precision() -> dg.AssetsDefinition:
         done, flips = [], {}
         for scorer in precision.configured(config):
             device = devices.resolve_device(config.scoring.device)
-            done.append(precision.measure(store, config, scorer, device, progress=context.log.info))
+            done.append(precision.measure(store, scorer, device, progress=context.log.info))
             row = store.read(schemas.SCORER_PRECISION, done[-1].manifest.partition).row(0, named=True)
             flips[f"share_flipped_{scorer.name}"] = row["share_flipped"]
             context.log.info(precision.text(row))

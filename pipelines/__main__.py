@@ -184,7 +184,7 @@ def _scorers(store: Store, config: configuration.Config, device: str | None) -> 
 
     for scorer in precision.configured(config):
         place = devices.resolve_device(device or config.scoring.device)
-        _tell(f"scorer_precision {scorer.name}", precision.measure(store, config, scorer, place, progress=say))
+        _tell(f"scorer_precision {scorer.name}", precision.measure(store, scorer, place, progress=say))
     for name, built in report.build(store, config, catalogue.shard_keys(store)).items():
         _tell(name, built)
     store.write_views()

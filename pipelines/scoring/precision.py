@@ -71,7 +71,6 @@ def configured(config: Config) -> list[ScorerConfig]:
 
 def compare(
     store: Store,
-    config: Config,
     scorer: ScorerConfig,
     device: str,
     pairs: int = PAIRS,
@@ -93,7 +92,6 @@ def compare(
 
 def measure(
     store: Store,
-    config: Config,
     scorer: ScorerConfig,
     device: str,
     pairs: int = PAIRS,
@@ -266,7 +264,7 @@ def main_text(
         raise ConfigError(f"precision: {unknown[0]!r} is none of the scorers {sorted(there)}")
     chosen = [there[n] for n in names] or configured(config) or [s for s in config.scorers if has_model(s)]
     where = devices.resolve_device(device or config.scoring.device)
-    rows = [_row(store, measure(store, config, s, where, pairs, progress)) for s in chosen]
+    rows = [_row(store, measure(store, s, where, pairs, progress)) for s in chosen]
     return "\n\n".join(text(row) for row in rows)
 
 

@@ -28,7 +28,7 @@ def bytes_of(store):
 def test_the_report_is_of_the_very_scores_that_the_two_precisions_give(tiny):
     store, config, _ = tiny
     scorer = config.scorers[0]
-    report = precision.compare(store, config, scorer, "cpu", PAIRS)
+    report = precision.compare(store, scorer, "cpu", PAIRS)
     chosen = precision._choose(store, PAIRS)
     data = bytes_of(store)
     prompts = dict(store.read(schemas.CATALOGUE_PROMPTS).select("prompt_id", "prompt").iter_rows())
@@ -80,14 +80,14 @@ def test_the_share_and_the_goal_follow_from_the_scores(tiny, monkeypatch):
 
     prompts = dict(store.read(schemas.CATALOGUE_PROMPTS).select("prompt_id", "prompt").iter_rows())
     monkeypatch.setattr(models, "load", lambda of, device: Known(of))
-    report = precision.compare(store, config, config.scorers[0], "cpu", PAIRS)
+    report = precision.compare(store, config.scorers[0], "cpu", PAIRS)
     flipped = chosen.filter(pl.col("prompt_id").is_in(list(turned))).height
     assert flipped >= 3
     assert report.flips == flipped
     assert report.share_flipped == pytest.approx(flipped / PAIRS)
     assert report.is_goal_met is False
     turned.clear()
-    report = precision.compare(store, config, config.scorers[0], "cpu", PAIRS)
+    report = precision.compare(store, config.scorers[0], "cpu", PAIRS)
     assert (report.flips, report.share_flipped, report.is_goal_met) == (0, 0.0, True)
 
 
@@ -133,7 +133,7 @@ def test_a_store_without_a_decided_pair_says_so(tmp_path, store, raw_rows, write
     write_pickapic(tmp_path / "pap", rows)
     ingest_all(store, [SourceConfig(name="pap", layout="pickapic", location=str(tmp_path / "pap"))])
     with pytest.raises(StoreError, match="no pair with a decided human label"):
-        precision.compare(store, tiny_config, tiny_config.scorers[0], "cpu")
+        precision.compare(store, tiny_config.scorers[0], "cpu")
 
 
 def test_an_image_that_cannot_be_decoded_is_left_out_with_its_pairs(tiny, monkeypatch):
@@ -149,7 +149,7 @@ def test_an_image_that_cannot_be_decoded_is_left_out_with_its_pairs(tiny, monkey
         return real(data)
 
     monkeypatch.setattr(images, "decode", decode)
-    report = precision.compare(store, config, config.scorers[0], "cpu", PAIRS)
+    report = precision.compare(store, config.scorers[0], "cpu", PAIRS)
     without = chosen.filter((pl.col("image_0_id") != bad_id) & (pl.col("image_1_id") != bad_id))
     assert report.images_left_out == 1
     assert report.pairs == len(without) < PAIRS
@@ -158,15 +158,15 @@ def test_an_image_that_cannot_be_decoded_is_left_out_with_its_pairs(tiny, monkey
 def test_a_measurement_is_a_row_that_is_reused_until_weights_or_pairs_change(tiny, tmp_path, make_tiny_clip):
     store, config, _ = tiny
     scorer = config.scorers[1]
-    first = precision.measure(store, config, scorer, "cpu", PAIRS)
+    first = precision.measure(store, scorer, "cpu", PAIRS)
     assert not first.is_reused
-    assert precision.measure(store, config, scorer, "cpu", PAIRS).is_reused
+    assert precision.measure(store, scorer, "cpu", PAIRS).is_reused
     # The precision that is configured is no part of it: both are measured.
     exact = scorer.model_copy(update={"precision": "float32"})
-    assert precision.measure(store, config, exact, "cpu", PAIRS).is_reused
-    assert not precision.measure(store, config, scorer, "cpu", PAIRS - 4).is_reused
+    assert precision.measure(store, exact, "cpu", PAIRS).is_reused
+    assert not precision.measure(store, scorer, "cpu", PAIRS - 4).is_reused
     other = scorer.model_copy(update={"checkpoint": str(make_tiny_clip(tmp_path / "other", seed=1))})
-    assert not precision.measure(store, config, other, "cpu", PAIRS - 4).is_reused
+    assert not precision.measure(store, other, "cpu", PAIRS - 4).is_reused
     row = store.read(schemas.SCORER_PRECISION, "clip").row(0, named=True)
     assert row["revision_bfloat16"] == checkpoints.revision(other)
     assert row["pairs"] == PAIRS - 4
@@ -175,7 +175,7 @@ def test_a_measurement_is_a_row_that_is_reused_until_weights_or_pairs_change(tin
 def test_rows_are_those_of_the_scorers_whose_revision_is_the_one_in_bfloat16(tiny):
     store, config, _ = tiny
     for scorer in config.scorers:
-        precision.measure(store, config, scorer, "cpu", 8)
+        precision.measure(store, scorer, "cpu", 8)
     present = {s.name: checkpoints.revision(s) for s in config.scorers}
     assert precision.rows(store, present)["scorer"].to_list() == ["clip"]
     assert precision.rows(store, {"clip": "another", "absent": "x"}).is_empty()
@@ -193,7 +193,7 @@ def test_a_scorer_without_a_model_of_ours_is_refused(tiny, change):
     store, config, _ = tiny
     scorer = config.scorers[0].model_copy(update=change)
     with pytest.raises(ConfigError, match=r"scorer 'pickscore': kind .* has no model"):
-        precision.compare(store, config, scorer, "cpu")
+        precision.compare(store, scorer, "cpu")
 
 
 def test_an_unknown_name_is_refused_with_those_there_are(tiny):
@@ -220,9 +220,9 @@ def test_the_text_says_whether_the_goal_is_met(share, met, said):
 
 
 def test_bfloat16_flips_few_votes_of_the_small_world_s_reward_models(tiny):
-    store, config, _ = tiny
+    store, _, _ = tiny
     for scorer in small_world().scorers:
-        report = precision.compare(store, config, scorer, "cpu", 150)
+        report = precision.compare(store, scorer, "cpu", 150)
         assert report.pairs == 150
         assert 0 < report.difference_sd < 0.02 * report.score_sd
         assert report.share_flipped < 0.02
