@@ -157,6 +157,20 @@ class LabelsConfig(_Model):
         "human", description="what decides a pair on which the scorers' votes are even"
     )
     tie_breaker: str = pydantic.Field("", description="scorer that decides under tie_policy 'tie_breaker'")
+    human_votes: bool = pydantic.Field(
+        False, description="the humans' majority is one voter more in the consensus, beside the scorers"
+    )
+    seed: int = pydantic.Field(0, description="of the draw of consensus.random_scorer_label_0")
+    smpo_scorer: str = pydantic.Field(
+        "", description="scorer of p_smpo; empty: the first of kind pickscore, else the first"
+    )
+    smpo_constants: Literal["data", "published"] = pydantic.Field(
+        "data", description="range in SmPO's form: the store's own scores', or PickScore's cosines as published"
+    )
+    generator_term: bool = pydantic.Field(
+        False, description="the ensemble also learns which generators people like (it learns their bias)"
+    )
+    em: bool = pydantic.Field(False, description="fill minority.em_probability, a second opinion by joint EM")
 
 
 class TrainingConfig(_Model):
@@ -213,10 +227,12 @@ class Config(_Model):
             names = [part.name for part in getattr(self, what)]
             if len(set(names)) < len(names):
                 raise ValueError(f"{what}: names repeat: {names}")
-        if reserved := {s.name for s in self.scorers} & {"ensemble", "fidelity"}:
+        if reserved := {s.name for s in self.scorers} & {"ensemble", "fidelity", "human"}:
             raise ValueError(f"scorers: the names {sorted(reserved)} are taken by columns of our own; choose others")
         if self.labels.tie_policy == "tie_breaker" and self.labels.tie_breaker not in {s.name for s in self.scorers}:
             raise ValueError(f"labels.tie_breaker: {self.labels.tie_breaker!r} is none of the scorers")
+        if self.labels.smpo_scorer and self.labels.smpo_scorer not in {s.name for s in self.scorers}:
+            raise ValueError(f"labels.smpo_scorer: {self.labels.smpo_scorer!r} is none of the scorers")
         if "://" in self.home:
             raise ValueError(
                 f"home: {self.home!r} is a URL; it holds runs and logs, set it to a local folder, and store to the URL"

@@ -6,6 +6,7 @@ Belongs here: what a table is. Does not belong here: how it is stored (`tables`)
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TypedDict
 
@@ -15,6 +16,10 @@ import pyarrow as pa
 
 class SchemaError(ValueError):
     """A frame does not fit its table's declaration."""
+
+
+SCORER = "{scorer}"
+"""In the name of a column: there is one such column for every configured scorer."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,27 @@ class Table:
 
     @property
     def polars_schema(self) -> dict[str, pl.DataType | type[pl.DataType]]:
-        """Return column name -> polars type, in the table's order."""
-        return {c.name: c.dtype for c in self.columns}
+        """Return column name -> polars type, in the table's order; without the columns that scorers bring (see `of`)."""
+        return {c.name: c.dtype for c in self.columns if SCORER not in c.name}
+
+    def of(self, scorers: Iterable[str]) -> Table:
+        """Return this table with one column for each of these scorers in place of every column '...{scorer}'."""
+        names = list(scorers)
+        columns = [
+            replace(c, name=c.name.replace(SCORER, n), meaning=c.meaning.replace(SCORER, n))
+            for c in self.columns
+            for n in (names if SCORER in c.name else [""])
+        ]
+        return replace(self, columns=tuple(columns))
+
+    def scorers(self, found: Iterable[str]) -> list[str]:
+        """Return the scorers whose columns are among these, in their order."""
+        templates = [c.name.replace(SCORER, "") for c in self.columns if SCORER in c.name]
+        if not templates:
+            return []
+        fixed = self.polars_schema
+        names = [f for f in found if f not in fixed and f.startswith(templates[0])]
+        return [n.removeprefix(templates[0]) for n in names]
 
     def empty(self) -> pl.DataFrame:
         """Return a frame of this table without rows."""
@@ -56,6 +80,8 @@ class Table:
         Raises:
             SchemaError: a column is missing, unknown, of another type, or breaks its rule (null, value, range, NaN).
         """
+        if any(SCORER in c.name for c in self.columns):
+            return self.of(self.scorers(frame.columns)).conform(frame)
         expected, found = [c.name for c in self.columns], frame.columns
         if missing := [c for c in expected if c not in found]:
             raise SchemaError(f"table {self.name}: missing columns {missing}; expected {expected}, found {found}")
@@ -457,37 +483,94 @@ SCORER_PRECISION = Table(
     ("scorer",),
     "scorer",
 )
+MARGINS = Table(
+    "margins",
+    "pair, with what every scorer gives its images",
+    (
+        _PAIR_KEYS[0],
+        _PROMPT_ID,
+        Column("model_0", pl.String, "generator of image_0, as its votes name it", nullable=True),
+        Column("model_1", pl.String, "generator of image_1", nullable=True),
+        Column("score_0_{scorer}", pl.Float32, "score of image_0 by {scorer}; null: it has none", nullable=True),
+        Column("score_1_{scorer}", pl.Float32, "score of image_1 by {scorer}; null: it has none", nullable=True),
+    ),
+    key=("pair_id",),
+    cut_by="whole",
+)
 CALIBRATION = Table(
     "calibration",
     "scorer, and fold of prompts left out",
     (
-        Column("scorer", pl.String, "reward model, or 'ensemble'"),
+        Column("scorer", pl.String, "reward model, 'ensemble', or 'generator:<name>' (labels.generator_term)"),
         Column("fold", pl.Int8, "prompts with this fold were left out of the fit; -1: none"),
-        Column("slope", pl.Float64, "a of p = sigmoid(a * d), d the difference of scores (z-logit for the ensemble)"),
-        Column("weight", pl.Float64, "weight of z = d / rms in the ensemble's logit", nullable=True),
+        Column(
+            "slope",
+            pl.Float64,
+            "a of p = sigmoid(a * d), d the difference of scores (of z-logits for the ensemble)",
+            nullable=True,
+        ),
+        Column(
+            "weight",
+            pl.Float64,
+            "weight of z = d / rms in the ensemble's logit; of a generator: what it adds for its image",
+            nullable=True,
+        ),
         Column("rms", pl.Float64, "root mean square of d over pairs", nullable=True, low=0.0),
         Column("min", pl.Float64, "smallest score", nullable=True),
         Column("max", pl.Float64, "largest score", nullable=True),
+        Column("logit_scale", pl.Float64, "factor of the cosine in the score; null: none is known", nullable=True),
         Column(
             "accuracy",
             pl.Float64,
-            "agreement with decided human votes, equal scores half",
+            "agreement with decided human votes, equal scores half; of a fold: with the votes left out of its fit",
             nullable=True,
             **_PROBABILITY,
         ),
-        Column("votes", pl.Int64, "decided votes that it rests on"),
+        Column("votes", pl.Int64, "people behind the decided votes that the accuracy rests on"),
+        Column(
+            "ece_raw",
+            pl.Float64,
+            "expected calibration error of sigmoid(d) (ensemble: sigmoid of the mean z), ties half; null but for fold -1",
+            nullable=True,
+            **_PROBABILITY,
+        ),
+        Column(
+            "ece_calibrated",
+            pl.Float64,
+            "the same of the cross-fitted probability",
+            nullable=True,
+            **_PROBABILITY,
+        ),
     ),
     key=("scorer", "fold"),
     cut_by="whole",
+    version=2,
 )
+RELIABILITY = Table(
+    "reliability",
+    "scorer (or 'ensemble'), stage and bin of probability that holds votes",
+    (
+        Column("scorer", pl.String, "reward model, or 'ensemble'"),
+        Column("stage", pl.String, "raw: sigmoid(d); calibrated: cross-fitted", values=("raw", "calibrated")),
+        Column("bin", pl.Int32, "of ten equal ones of the favoured image's probability, 0.5 to 1", low=0, high=9),
+        Column("votes", pl.Int64, "people who voted on the bin's pairs, ties among them"),
+        Column("probability", pl.Float64, "mean probability of the favoured image", **_PROBABILITY),
+        Column("agreement", pl.Float64, "share of those people who chose it, ties half", **_PROBABILITY),
+    ),
+    key=("scorer", "stage", "bin"),
+    cut_by="whole",
+)
+_SIDE: _Range = {"low": -1.0, "high": 1.0}
 CONSENSUS = Table(
     "consensus",
     "pair",
     (
-        *_PAIR_KEYS,
+        _PAIR_KEYS[0],
+        Column("vote_{scorer}", pl.Int8, "sign of {scorer}'s d: 1 for image_0, -1, 0; null: no vote", True, **_SIDE),
+        Column("vote_human", pl.Int8, "sign of the humans' majority; null: none, or labels.human_votes is off", True),
         Column("votes_0", pl.Int32, "voters for image_0"),
         Column("votes_1", pl.Int32, "voters for image_1"),
-        Column("voters", pl.Int32, "scorers that could vote"),
+        Column("voters", pl.Int32, "voters that could vote, 0 included"),
         Column("agreement", pl.Float64, "|sum of votes in {-1, 0, 1}| / voters", nullable=True, **_PROBABILITY),
         Column(
             "consensus_label_0",
@@ -497,19 +580,59 @@ CONSENSUS = Table(
             **_PROBABILITY,
         ),
         Column("decided_by", pl.String, "majority, the tie policy that decided, or none"),
+        Column(
+            "random_scorer_label_0",
+            pl.Float64,
+            "vote of one scorer, drawn by a hash of labels.seed, pair and scorer; null: it has none, or d = 0",
+            nullable=True,
+            **_PROBABILITY,
+        ),
+        Column("raw_sum_label_0", pl.Float64, "sign of the sum of all d; null: 0, or a score is missing", True),
+        Column(
+            "zscore_sum_label_0", pl.Float64, "sign of the sum of all d / rms; null: 0, or a score is missing", True
+        ),
     ),
     key=("pair_id",),
+    cut_by="whole",
+    version=2,
+)
+CONSENSUS_REPORT = Table(
+    "consensus_report",
+    "way to one label per pair, and level of the scorers' agreement",
+    (
+        Column(
+            "aggregation", pl.String, "majority (after the tie policy), random_scorer, raw_sum, zscore_sum, or a scorer"
+        ),
+        Column("level", pl.String, "'all', or '<sum of votes without sign> of <voters>' of the pair's consensus"),
+        Column("pairs", pl.Int64, "pairs of the level, those without a label among them"),
+        Column("pairs_labelled", pl.Int64, "of those, pairs to which this way gives a label"),
+        Column("votes", pl.Int64, "people behind the decided human votes on labelled pairs"),
+        Column("accuracy", pl.Float64, "share of them who chose the labelled image", nullable=True, **_PROBABILITY),
+        Column("accuracy_low", pl.Float64, "lower end of its 95 % interval, prompts as clusters", nullable=True),
+        Column("accuracy_high", pl.Float64, "upper end", nullable=True),
+    ),
+    key=("aggregation", "level"),
     cut_by="whole",
 )
 SMOOTHED = Table(
     "smoothed",
     "pair",
     (
-        *_PAIR_KEYS,
+        _PAIR_KEYS[0],
+        Column(
+            "smpo_{scorer}", pl.Float64, "softmax preference for image_0 from {scorer}'s range", True, **_PROBABILITY
+        ),
+        Column(
+            "calibrated_{scorer}",
+            pl.Float64,
+            "preference for image_0 from {scorer}, calibrated on the votes on other prompts",
+            nullable=True,
+            **_PROBABILITY,
+        ),
         Column(
             "p_smpo",
             pl.Float64,
-            "softmax preference for image_0 from PickScore's range (SmPO)",
+            "SmPO's: softmax preference for image_0 from the range of labels.smpo_scorer",
             nullable=True,
             **_PROBABILITY,
         ),
@@ -529,6 +652,7 @@ SMOOTHED = Table(
     ),
     key=("pair_id",),
     cut_by="whole",
+    version=2,
 )
 MINORITY = Table(
     "minority",
@@ -552,7 +676,26 @@ MINORITY = Table(
             nullable=True,
             **_PROBABILITY,
         ),
-        Column("others", pl.Int64, "decided votes of other raters on the pair"),
+        Column(
+            "annotator_score",
+            pl.Float64,
+            "r_a: how much more often than expected the annotator chooses with the ensemble, on other prompts; unknown: 0",
+        ),
+        Column(
+            "minority_probability",
+            pl.Float64,
+            "that most others would choose the other image, learned where several people voted; null: nowhere in the store",
+            nullable=True,
+            **_PROBABILITY,
+        ),
+        Column(
+            "em_probability",
+            pl.Float64,
+            "a second opinion: the same by joint EM of true sides and annotators' accuracies (labels.em); null: off",
+            nullable=True,
+            **_PROBABILITY,
+        ),
+        Column("others", pl.Int64, "people behind the decided votes of other raters on the pair"),
         Column(
             "share_against",
             pl.Float64,
@@ -562,6 +705,73 @@ MINORITY = Table(
         ),
     ),
     key=("vote_id",),
+    cut_by="whole",
+    version=2,
+)
+ANNOTATORS = Table(
+    "annotators",
+    "annotator with a counted vote; 'unknown': all unknown ones together",
+    (
+        Column("annotator_id", pl.String, "'<family>:<id>', or 'unknown'"),
+        Column("votes", pl.Int64, "people behind the decided votes"),
+        Column("ties", pl.Int64, "people behind the tied votes"),
+        Column("prompts", pl.Int64, "prompts voted on"),
+        Column("compared", pl.Int64, "people behind decided votes on which others have a majority"),
+        Column("agreeing", pl.Int64, "of those, with that majority"),
+        Column(
+            "reliability",
+            pl.Float64,
+            "agreement with the others' majority, shrunk to all annotators' (empirical Bayes, beta-binomial); "
+            "null: nobody was compared",
+            nullable=True,
+            **_PROBABILITY,
+        ),
+        Column("reliability_low", pl.Float64, "2.5 % quantile of its posterior", nullable=True, **_PROBABILITY),
+        Column("reliability_high", pl.Float64, "97.5 % quantile", nullable=True, **_PROBABILITY),
+        Column(
+            "annotator_score",
+            pl.Float64,
+            "r_a = sum(agree with the ensemble - max(p, 1 - p)) / (n + 20) over all prompts; 'unknown': 0",
+        ),
+        Column("placed", pl.Int64, "people behind decided votes whose display order is known"),
+        Column(
+            "first_share", pl.Float64, "share of those for the image displayed first", nullable=True, **_PROBABILITY
+        ),
+        Column("first_low", pl.Float64, "lower end of its 95 % interval (Wilson)", nullable=True, **_PROBABILITY),
+        Column("first_high", pl.Float64, "upper end", nullable=True, **_PROBABILITY),
+    ),
+    key=("annotator_id",),
+    cut_by="whole",
+)
+RATER_AGREEMENT = Table(
+    "rater_agreement",
+    "source, or 'all'",
+    (
+        Column("source", pl.String, "name in the configuration; 'all': all votes together"),
+        Column("pairs", pl.Int64, "pairs with at least two people's votes"),
+        Column("ratings", pl.Int64, "people behind the votes on those pairs, ties among them"),
+        Column("raters", pl.Int64, "known annotators among them"),
+        Column(
+            "alpha",
+            pl.Float64,
+            "Krippendorff's alpha, nominal, a tie being a third value; null: fewer than two values occur",
+            nullable=True,
+            high=1.0,
+        ),
+        Column("alpha_low", pl.Float64, "2.5 % quantile of 1,000 bootstrap resamples of the prompts, seed 0", True),
+        Column("alpha_high", pl.Float64, "97.5 % quantile", nullable=True),
+        Column("alpha_decided", pl.Float64, "the same of decided votes alone", nullable=True, high=1.0),
+        Column(
+            "minority_share", pl.Float64, "share of people on the smaller side of pairs with 3 decided or more", True
+        ),
+        Column("placed", pl.Int64, "people behind decided votes whose display order is known"),
+        Column(
+            "first_share", pl.Float64, "share of those for the image displayed first", nullable=True, **_PROBABILITY
+        ),
+        Column("first_low", pl.Float64, "lower end of its 95 % interval (Wilson)", nullable=True, **_PROBABILITY),
+        Column("first_high", pl.Float64, "upper end", nullable=True, **_PROBABILITY),
+    ),
+    key=("source",),
     cut_by="whole",
 )
 PREFERENCES = Table(
@@ -586,18 +796,40 @@ PREFERENCES = Table(
         Column("stability", pl.Float64, "v of the humans' side", nullable=True, **_PROBABILITY),
         Column("metric", pl.Float64, "u of the humans' side", nullable=True, **_PROBABILITY),
         Column("minority_score", pl.Float64, "1 - p of the humans' side", nullable=True, **_PROBABILITY),
+        Column(
+            "minority_probability",
+            pl.Float64,
+            "mean of minority.minority_probability over the people on the humans' side",
+            nullable=True,
+            **_PROBABILITY,
+        ),
+        Column(
+            "is_unanimous",
+            pl.Boolean,
+            "every scorer votes for the humans' side; null: no side, or a missing score",
+            True,
+        ),
         Column("consensus_label_0", pl.Float64, "majority vote of the scorers", nullable=True, **_PROBABILITY),
         Column("agreement", pl.Float64, "how united the scorers are", nullable=True, **_PROBABILITY),
         Column("decided_by", pl.String, "what decided the consensus", nullable=True),
+        Column("random_scorer_label_0", pl.Float64, "see consensus", nullable=True, **_PROBABILITY),
+        Column("raw_sum_label_0", pl.Float64, "see consensus", nullable=True, **_PROBABILITY),
+        Column("zscore_sum_label_0", pl.Float64, "see consensus", nullable=True, **_PROBABILITY),
         Column("p_smpo", pl.Float64, "smoothed preference for image_0 (SmPO)", nullable=True, **_PROBABILITY),
         Column("p_ensemble", pl.Float64, "calibrated ensemble preference for image_0", nullable=True, **_PROBABILITY),
-        Column("scores_0", pl.String, "scores of image_0 by scorer, JSON"),
-        Column("scores_1", pl.String, "scores of image_1 by scorer, JSON"),
+        Column("p_linear", pl.Float64, "linear pool of the scorers' calibrated preferences", True, **_PROBABILITY),
+        Column("p_log", pl.Float64, "log pool of the scorers' calibrated preferences", nullable=True, **_PROBABILITY),
+        Column("z_mean", pl.Float64, "mean of the scorers' standardised differences", nullable=True),
+        Column("z_std", pl.Float64, "their standard deviation (unbiased)", nullable=True),
+        Column("model_0", pl.String, "generator of image_0, as its votes name it", nullable=True),
+        Column("model_1", pl.String, "generator of image_1", nullable=True),
+        Column("score_0_{scorer}", pl.Float32, "score of image_0 by {scorer}", nullable=True),
+        Column("score_1_{scorer}", pl.Float32, "score of image_1 by {scorer}", nullable=True),
         Column("excluded_because", pl.String, "why no model may train on the pair; null: it may", nullable=True),
     ),
     key=("pair_id",),
     cut_by="whole",
-    version=2,
+    version=3,
 )
 LATENTS = Table(
     "latents",
@@ -720,10 +952,15 @@ TABLES: dict[str, Table] = {
         SCORER_REPORT,
         SCORER_CORRELATION,
         SCORER_PRECISION,
+        MARGINS,
         CALIBRATION,
+        RELIABILITY,
         CONSENSUS,
+        CONSENSUS_REPORT,
         SMOOTHED,
         MINORITY,
+        ANNOTATORS,
+        RATER_AGREEMENT,
         PREFERENCES,
         LATENTS,
         PROMPT_EMBEDDINGS,
@@ -749,8 +986,7 @@ def data_dictionary() -> str:
         lines += ["| column | type | null | meaning |", "|---|---|---|---|"]
         for c in table.columns:
             meaning = c.meaning + (f" ({', '.join(c.values)})" if c.values else "")
-            lines.append(
-                f"| {c.name} | {c.dtype} | {'yes' if c.nullable else 'no'} | {meaning.replace('|', '&#124;')} |"
-            )
+            name, meaning = (text.replace(SCORER, "<scorer>") for text in (c.name, meaning.replace("|", "&#124;")))
+            lines.append(f"| {name} | {c.dtype} | {'yes' if c.nullable else 'no'} | {meaning} |")
         lines.append("")
     return "\n".join(lines)

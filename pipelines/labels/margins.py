@@ -1,33 +1,100 @@
-"""The one place that turns scores into margins: d_k = score_k(image_0) - score_k(image_1), and prompts into folds."""
+"""The one place that turns scores into margins: one row per pair with every scorer's two scores, d_k, rms, folds of prompts.
+
+    d_k = score_k(image_0) - score_k(image_1)        in float64, null (NaN in arrays) where one of the two has no score
+
+The functions of `pipelines.labels` that take `margins` take this table: sorted by pair_id, each pair once; arrays over pairs
+are aligned with its rows.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import polars as pl
+
+from pipelines import schemas
 
 FOLDS = 5
 
 
-def difference_column(scorer: str) -> str:
-    """Return the name of the column that holds a scorer's difference."""
-    return f"d_{scorer}"
+def margins(pairs: pl.DataFrame, scores: pl.DataFrame, models: pl.DataFrame, scorers: Sequence[str]) -> pl.DataFrame:
+    """Return the margins table.
 
+    Args:
+        pairs: pair_id, prompt_id, image_0_id, image_1_id.
+        scores: image_id, prompt_id (each once) and one column per scorer, null where it has no score.
+        models: pair_id, model_0, model_1 of the pairs whose generators are known.
 
-def differences(pairs: pl.LazyFrame, scores: pl.LazyFrame, scorers: list[str]) -> pl.DataFrame:
-    """Return the pairs with one column d_<scorer> each, null where one of the two images has no score.
-
-    pairs: pair_id, prompt_id, image_0_id, image_1_id. scores: scorer, image_id, prompt_id, score.
+    Raises:
+        ValueError: a score is NaN or infinite, or an (image, prompt) comes twice.
     """
-    result = pairs
     for scorer in scorers:
-        one = scores.filter(pl.col("scorer") == scorer).select("image_id", "prompt_id", "score")
-        for i in (0, 1):
-            side = one.rename({"image_id": f"image_{i}_id", "score": f"_s{i}"})
-            result = result.join(side, on=[f"image_{i}_id", "prompt_id"], how="left")
-        gap = pl.col("_s0").cast(pl.Float64) - pl.col("_s1").cast(pl.Float64)
-        result = result.with_columns(gap.alias(difference_column(scorer))).drop("_s0", "_s1")
-    return result.sort("pair_id").collect()
+        values = scores[scorer]
+        if bad := int((~values.is_finite()).sum()):
+            raise ValueError(f"scores of {scorer}: {bad} are NaN or infinite; an unknown score is null, with a status")
+    # Ids are hashes themselves; 64 bits of both together are compared in a third of the time that texts need.
+    keyed = scores.select(key=_key("image_id"), row=pl.int_range(pl.len(), dtype=pl.UInt32))
+    if keyed["key"].n_unique() != len(keyed):
+        raise ValueError(f"scores: of {len(keyed)} rows, {len(keyed) - keyed['key'].n_unique()} repeat an (image, prompt)")
+    result = pairs.select("pair_id", "prompt_id").with_columns(
+        pairs.select("pair_id").join(models, on="pair_id", how="left", maintain_order="left").select("model_0", "model_1")
+    )
+    for i in (0, 1):
+        found = pairs.select(key=_key(f"image_{i}_id")).join(keyed, on="key", how="left", maintain_order="left")["row"]
+        for scorer in scorers:
+            result = result.with_columns(scores[scorer].gather(found).alias(f"score_{i}_{scorer}"))
+    return result.select(list(schemas.MARGINS.of(scorers).polars_schema)).sort("pair_id")
+
+
+def _key(image: str) -> pl.Expr:
+    return pl.col(image).hash(1) ^ pl.col("prompt_id").hash(2)
+
+
+def difference(scorer: str) -> pl.Expr:
+    """Return d of a row of `margins`."""
+    return pl.col(f"score_0_{scorer}").cast(pl.Float64) - pl.col(f"score_1_{scorer}").cast(pl.Float64)
+
+
+def matrix(margins: pl.DataFrame, scorers: Sequence[str]) -> np.ndarray:
+    """Return d of all pairs and scorers, float64 [N, K], NaN where unknown."""
+    return np.stack([margins.select(difference(s)).to_series().fill_null(np.nan).to_numpy() for s in scorers], 1)
+
+
+def rms(d: np.ndarray) -> np.ndarray:
+    """Return sqrt(mean of d^2 over the pairs where d is known), [K]; 1 where every d is 0 or unknown.
+
+    d: [N, K]. There is no centring, so that swapping the images of a pair changes nothing.
+    """
+    known = ~np.isnan(d)
+    square = np.where(known, d, 0.0) ** 2
+    mean = square.sum(0) / np.maximum(known.sum(0), 1)
+    return np.where(mean > 0, np.sqrt(mean), 1.0)
 
 
 def fold(prompt_id: str = "prompt_id") -> pl.Expr:
     """Return the fold, 0 .. FOLDS-1, of a prompt, from the first 32 bits of its id."""
     return (pl.col(prompt_id).str.slice(0, 8).str.to_integer(base=16, dtype=pl.Int64) % FOLDS).cast(pl.Int8)
+
+
+def folds(frame: pl.DataFrame) -> np.ndarray:
+    """Return the fold of every row's prompt, int8 [N]."""
+    return frame.select(fold()).to_series().to_numpy()
+
+
+def codes(values: pl.Series) -> np.ndarray:
+    """Return a number 0 .. M-1 per distinct value, int64 [N]: what np.bincount groups by. Null is a value of its own."""
+    return values.rank("dense").fill_null(0).to_numpy().astype(np.int64) - (0 if values.null_count() else 1)
+
+
+def rows_of(margins: pl.DataFrame, pair_id: pl.Series) -> np.ndarray:
+    """Return the row of `margins` of every pair_id, int64 [len(pair_id)].
+
+    Raises:
+        ValueError: a pair is not in it.
+    """
+    rows = margins.select("pair_id").with_row_index("row")
+    found = pair_id.to_frame("pair_id").join(rows, on="pair_id", how="left", maintain_order="left")["row"]
+    if found.null_count():
+        raise ValueError(f"{found.null_count()} votes are on pairs that `margins` lacks; build it again from these pairs")
+    return found.to_numpy().astype(np.int64)
