@@ -660,6 +660,9 @@ MINORITY = Table(
     (
         Column("vote_id", pl.String, "vote"),
         Column("pair_id", pl.String, "pair"),
+        Column("annotator_id", pl.String, "'<family>:<id>'; null where unknown", nullable=True),
+        Column("label_0", pl.Float64, "the vote: 1 for image_0, 0 for image_1", **_PROBABILITY),
+        Column("people", pl.Int64, "how many people it stands for; an unknown count is one", low=1),
         Column(
             "confidence",
             pl.Float64,
@@ -722,7 +725,7 @@ ANNOTATORS = Table(
             "reliability",
             pl.Float64,
             "agreement with the others' majority, shrunk to all annotators' (empirical Bayes, beta-binomial); "
-            "null: nobody was compared",
+            "null: no vote of theirs was compared",
             nullable=True,
             **_PROBABILITY,
         ),

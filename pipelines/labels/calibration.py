@@ -1,22 +1,108 @@
 """Calibration of scorers against human votes, without centring or intercept: swapping the images flips signs only.
 
     p_k = sigmoid(a_k d_k)                                    a_k by logistic regression, ties as half votes, mean loss
-    h   = sum_k w_k z_k,  z_k = d_k / rms(d_k)                ensemble logit; p = sigmoid(h)
+    h   = sum_k w_k z_k,  z_k = d_k / rms(d_k)                ensemble logit; p = sigmoid(h); w by logistic regression with
+                                                              the penalty 30 / prompts / 2 * sum_k (w_k - mean w)^2
+    h  += t_g(image_0) - t_g(image_1)                         only with the generator term, Bradley-Terry (1952)
 
-cross-fitted by prompt: fold f's numbers were fitted without the prompts of fold f; fold -1 was fitted on all.
+The penalty draws the weights together, not to zero: the mean of z is a strong judge where votes are few, and p stays
+calibrated. It counts prompts, not votes, since votes on one prompt are not independent.
+
+Cross-fitted by prompt: fold f's numbers were fitted without the prompts of fold f; fold -1 was fitted on all.
+
+Belongs here: from scores to probabilities. Does not belong here: which scorer's side wins (`consensus`), pools (`smoothed`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 
 from pipelines import schemas
-from pipelines.labels.margins import FOLDS, difference_column, fold
+from pipelines.labels import margins as mar
+from pipelines.labels.margins import FOLDS
 
-RIDGE = 1e-3
-"""Penalty RIDGE/2 * |w|^2 beside the mean loss, so that it scales with the number of votes."""
+RIDGE = 1e-6
+"""Penalty RIDGE/2 * |w|^2 beside the mean loss: it decides only what the votes leave open."""
+PROMPTS_OF_EQUALITY = 30
+"""How many prompts of votes the belief is worth that all scorers deserve the same weight: see equality."""
+GENERATOR_PROMPTS = 1
+"""The same of the belief that generators are equally liked."""
 ALL = -1
+ENSEMBLE = "ensemble"
+GENERATOR = "generator:"
+BINS = 10
+_BLOCK = 1 << 15
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """Return the logistic function 1 / (1 + exp(-x)), without overflow at either end."""
+    e = np.exp(-np.abs(x))
+    return np.where(x >= 0, 1 / (1 + e), e / (1 + e))
+
+
+# --- the fit ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a fit, sorted by fold: x [N, K], y and weight [N], and where each fold begins and ends."""
+
+    x: np.ndarray
+    y: np.ndarray
+    weight: np.ndarray
+    ends: np.ndarray
+
+    def blocks(self, without: int) -> Iterator[slice]:
+        """Yield pieces that fit into a processor's cache, of all rows but those of a fold."""
+        for fold in range(len(self.ends) - 1):
+            if fold != without:
+                for start in range(self.ends[fold], self.ends[fold + 1], _BLOCK):
+                    yield slice(start, min(start + _BLOCK, self.ends[fold + 1]))
+
+    def slopes(self, w: np.ndarray, penalty: np.ndarray, without: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return gradient [K] and Hessian [K, K] of the mean loss with its penalty."""
+        gradient, hessian, total = np.zeros(len(w)), np.zeros((len(w), len(w))), 0.0
+        for rows in self.blocks(without):
+            x, weight = self.x[rows], self.weight[rows]
+            p = sigmoid(x @ w)
+            gradient += (weight * (p - self.y[rows])) @ x
+            hessian += (x * (weight * p * (1 - p))[:, None]).T @ x
+            total += weight.sum()
+        return gradient / total + penalty @ w, hessian / total + penalty + 1e-12 * np.eye(len(w))
+
+    def has_votes(self, without: int) -> bool:
+        """Return whether anything is left to fit."""
+        return any(self.weight[rows].any() for rows in self.blocks(without))
+
+    def fit(self, penalty: np.ndarray, without: int, start: np.ndarray) -> np.ndarray:
+        """Return the weights at which the gradient vanishes, by damped Newton steps from `start`."""
+        w = start
+        gradient, hessian = self.slopes(w, penalty, without)
+        for _ in range(100):
+            step = np.linalg.solve(hessian, gradient)
+            # Newton's error is squared by every step: behind a step so small nothing is left to gain.
+            if np.abs(step).max() < 1e-7 * max(1.0, np.abs(w).max()):
+                return w - step
+            # Margins with heavy tails make a full step overshoot; a shorter one always lowers the gradient.
+            while True:
+                new_gradient, new_hessian = self.slopes(w - step, penalty, without)
+                if np.linalg.norm(new_gradient) < np.linalg.norm(gradient) or np.abs(step).max() < 1e-12:
+                    break
+                step /= 2
+            w, gradient, hessian = w - step, new_gradient, new_hessian
+        return w
+
+
+def _sorted_by_fold(x: np.ndarray, y: np.ndarray, weight: np.ndarray, folds: np.ndarray) -> _Rows:
+    used = np.flatnonzero(weight > 0)
+    order = used[np.argsort(folds[used], kind="stable")]
+    ends = np.concatenate([[0], np.cumsum(np.bincount(folds[used], minlength=FOLDS))])
+    return _Rows(x[order], y[order], weight[order], ends)
 
 
 def fit_logistic(x: np.ndarray, y: np.ndarray, weight: np.ndarray, ridge: float) -> np.ndarray:
@@ -28,27 +114,79 @@ def fit_logistic(x: np.ndarray, y: np.ndarray, weight: np.ndarray, ridge: float)
     Returns:
         w, [K]; zeros where there is nothing to fit.
     """
-    w = np.zeros(x.shape[1])
-    if weight.sum() == 0:
-        return w
-    share = weight / weight.sum()
+    penalty = ridge * np.eye(x.shape[1])
+    return fit_cross(x, y, weight, np.zeros(len(x), np.int8), penalty, only_all=True)[ALL]
 
-    def loss(w: np.ndarray) -> float:
-        margin = x @ w
-        return float(share @ (np.logaddexp(0, margin) - y * margin) + ridge / 2 * w @ w)
 
-    for _ in range(50):
-        p = 1 / (1 + np.exp(-np.clip(x @ w, -30, 30)))
-        gradient = x.T @ (share * (p - y)) + ridge * w
-        hessian = (x * (share * p * (1 - p))[:, None]).T @ x + (ridge + 1e-12) * np.eye(len(w))
-        step = np.linalg.solve(hessian, gradient)
-        # Margins with heavy tails make a full step overshoot.
-        while loss(w - step) > loss(w) + 1e-12 and np.abs(step).max() > 1e-10:
-            step /= 2
-        w -= step
-        if np.abs(step).max() < 1e-10 * max(1.0, np.abs(w).max()):
-            break
-    return w
+def fit_cross(
+    x: np.ndarray,
+    y: np.ndarray,
+    weight: np.ndarray,
+    folds: np.ndarray,
+    penalty: np.ndarray,
+    only_all: bool = False,
+) -> np.ndarray:
+    """Return the weights [FOLDS + 1, K]: row f fitted without the rows of fold f, the last row fitted on all.
+
+    Args:
+        x, y, weight: see fit_logistic. folds: 0 .. FOLDS-1, [N].
+        penalty: P of w'Pw / 2 beside the mean loss, [K, K]; or one for each row of the result, [FOLDS + 1, K, K].
+        only_all: leave the rows of the folds zero.
+    """
+    rows, found = _sorted_by_fold(x, y, weight, folds), np.zeros((FOLDS + 1, x.shape[1]))
+    penalties = np.broadcast_to(penalty, (FOLDS + 1, x.shape[1], x.shape[1]))
+    if rows.has_votes(ALL):
+        found[ALL] = rows.fit(penalties[ALL], ALL, np.zeros(x.shape[1]))
+    for f in () if only_all else range(FOLDS):
+        if rows.has_votes(f):
+            # The fit on all rows is near.
+            found[f] = rows.fit(penalties[f], f, found[ALL])
+    return found
+
+
+def prompts_in_fits(prompt_id: pl.Series, weight: np.ndarray) -> np.ndarray:
+    """Return how many prompts with weight each row of a cross-fit is fitted on, [FOLDS + 1]; at least 1."""
+    prompts = prompt_id.filter(pl.Series(weight > 0)).unique().to_frame("prompt_id")
+    per_fold = np.bincount(mar.folds(prompts), minlength=FOLDS)
+    return np.maximum(np.append(len(prompts) - per_fold, len(prompts)), 1)
+
+
+def equality(scorers: int, prompts: np.ndarray) -> np.ndarray:
+    """Return the penalties PROMPTS_OF_EQUALITY / prompts * (I - 1/K) that draw K weights together, [FOLDS + 1, K, K]."""
+    deviation = np.eye(scorers) - 1 / max(1, scorers)
+    return (PROMPTS_OF_EQUALITY / prompts)[:, None, None] * deviation
+
+
+# --- votes per pair --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PairVotes:
+    """What people say of each row of `margins`, [N]: votes and their mean label, decided votes and their mean label.
+
+    votes counts people, ties among them; a mean is 0.5 where there is no vote.
+    """
+
+    votes: np.ndarray
+    label: np.ndarray
+    decided: np.ndarray
+    decided_label: np.ndarray
+
+
+def votes_per_pair(margins: pl.DataFrame, votes: pl.DataFrame) -> PairVotes:
+    """Return what people say of every pair. votes: pair_id, label_0, people."""
+    rows = mar.rows_of(margins, votes["pair_id"])
+    people, label = votes["people"].to_numpy().astype(float), votes["label_0"].to_numpy()
+    is_decided = label != 0.5
+
+    def total(values: np.ndarray) -> np.ndarray:
+        return np.bincount(rows, values, minlength=len(margins))
+
+    def mean(label: np.ndarray, count: np.ndarray) -> np.ndarray:
+        return np.divide(label, count, out=np.full(len(count), 0.5), where=count > 0)
+
+    n, decided = total(people), total(people * is_decided)
+    return PairVotes(n, mean(total(people * label), n), decided, mean(total(people * is_decided * label), decided))
 
 
 def tie_aware_accuracy(margin: np.ndarray, label: np.ndarray, weight: np.ndarray) -> float | None:
@@ -63,103 +201,185 @@ def tie_aware_accuracy(margin: np.ndarray, label: np.ndarray, weight: np.ndarray
     return float((weight * right).sum() / total)
 
 
+# --- the tables ------------------------------------------------------------------------------------------------------
+
+
 def calibrate(
-    differences: pl.DataFrame, votes: pl.DataFrame, score_ranges: pl.DataFrame, scorers: list[str]
+    margins: pl.DataFrame,
+    votes: pl.DataFrame,
+    scorers: Sequence[str],
+    *,
+    logit_scales: Mapping[str, float] | None = None,
+    generator_term: bool = False,
 ) -> pl.DataFrame:
     """Return the calibration table.
 
-    differences: of `margins.differences`. votes: pair_id, label_0, people (how many a row stands for) of the counted votes.
-    score_ranges: scorer, min, max of the scores.
+    Args:
+        margins: of `margins.margins`.
+        votes: pair_id, label_0, people (how many a row stands for) of the counted votes.
+        logit_scales: scorer -> factor of the cosine in its score, where it is one.
+        generator_term: learn what a generator adds for its image (columns model_0, model_1 of margins), as rows
+            'generator:<name>'. It lifts the fit where generators differ, by learning their bias.
     """
-    people, decided = pl.col("people"), pl.col("label_0") != 0.5
-    weighted = pl.col("label_0") * people
-    per_pair = votes.group_by("pair_id").agg(
-        label=weighted.sum() / people.sum(),
-        votes=people.sum(),
-        decided=people.filter(decided).sum(),
-        decided_label=weighted.filter(decided).sum() / people.filter(decided).sum(),
-    )
-    per_pair = per_pair.with_columns(pl.col("decided_label").fill_nan(None))
-    frame = differences.join(per_pair, on="pair_id", how="left").with_columns(fold=fold()).sort("pair_id")
-    ranges = {name: (low, high) for name, low, high in score_ranges.iter_rows()}
-    columns = [difference_column(s) for s in scorers]
-    d = frame.select(columns).to_numpy().astype(float)
-    known = ~np.isnan(d)
-    rms = np.array(
-        [np.sqrt(np.mean(d[known[:, k], k] ** 2)) if known[:, k].any() else 0.0 for k in range(len(scorers))]
-    )
-    z = np.where(known, d, 0.0) / np.where(rms > 0, rms, 1.0)
-    count = frame["votes"].fill_null(0).to_numpy().astype(float)
-    label = frame["label"].fill_null(0.5).to_numpy()
-    decided_votes = frame["decided"].fill_null(0).to_numpy().astype(float)
-    decided_label = frame["decided_label"].fill_null(0.5).to_numpy()
-    folds = frame["fold"].to_numpy()
+    d, folds, humans = mar.matrix(margins, scorers), mar.folds(margins), votes_per_pair(margins, votes)
+    known, rms = ~np.isnan(d), mar.rms(d)
+    z = np.where(known, d, 0.0) / rms
+    is_complete = known.all(1)
+    names, generators = _generators(margins) if generator_term else ([], np.zeros((len(margins), 0)))
 
-    rows = []
+    def one(k: int) -> np.ndarray:
+        # Fitted on z and returned in the units of d, so that the ridge does not depend on a scorer's scale.
+        weight = humans.votes * known[:, k]
+        return fit_cross(z[:, [k]], humans.label, weight, folds, RIDGE * np.eye(1))[:, 0] / rms[k]
+
+    with ThreadPoolExecutor(2) as pool:
+        slopes = list(pool.map(one, range(len(scorers))))
+    x, weight = np.concatenate([z, generators], 1), humans.votes * is_complete
+    prompts = prompts_in_fits(margins["prompt_id"], weight)
+    penalty = np.zeros((FOLDS + 1, x.shape[1], x.shape[1])) + RIDGE * np.eye(x.shape[1])
+    penalty[:, : len(scorers), : len(scorers)] += equality(len(scorers), prompts)
+    # What one generator adds is known up to what all add; that is drawn to zero.
+    penalty[:, len(scorers) :, len(scorers) :] += (GENERATOR_PROMPTS / prompts)[:, None, None] * np.eye(len(names))
+    weights = fit_cross(x, humans.label, weight, folds, penalty)
+
+    ranges = {s: _range(margins, s) for s in scorers}
+    true_rms = np.where(np.where(known, d, 0.0).any(0), rms, 0.0)
+    rows: list[dict[str, object]] = []
     for f in (ALL, *range(FOLDS)):
-        use = (folds != f) & (count > 0)
-        left_out = (folds == f) if f != ALL else np.ones(len(frame), bool)
-        complete = use & known.all(1)
-        weights = fit_logistic(z[complete], label[complete], count[complete], RIDGE)
         for k, scorer in enumerate(scorers):
-            fit = use & known[:, k]
-            # Fitted on z and returned in the units of d, so that the ridge does not depend on a scorer's scale.
-            slope = fit_logistic(z[fit][:, [k]], label[fit], count[fit], 1e-6)[0] / (rms[k] if rms[k] > 0 else 1.0)
-            judged = left_out & known[:, k]
-            rows.append(
+            low, high = ranges[scorer]
+            own = {"weight": weights[f, k], "rms": true_rms[k], "min": low, "max": high}
+            scale = (logit_scales or {}).get(scorer)
+            rows.append({"scorer": scorer, "fold": f, "slope": slopes[k][f], "logit_scale": scale, **own})
+        rows.append({"scorer": ENSEMBLE, "fold": f, "slope": 1.0})
+        rows += [
+            {"scorer": GENERATOR + name, "fold": f, "weight": w, "votes": 0}
+            for name, w in zip(names, weights[f, len(scorers) :], strict=True)
+        ]
+    table = pl.DataFrame(rows, schema=schemas.CALIBRATION.polars_schema)
+    return _judged(table, margins, humans, scorers)
+
+
+def _range(margins: pl.DataFrame, scorer: str) -> tuple[float | None, float | None]:
+    """Return the smallest and the largest score; None where there is none."""
+    both = [margins[f"score_{i}_{scorer}"] for i in (0, 1)]
+    known = [v for s in both for v in (s.min(), s.max()) if v is not None]
+    return (min(known), max(known)) if known else (None, None)  # type: ignore[return-value]
+
+
+def _generators(margins: pl.DataFrame) -> tuple[list[str], np.ndarray]:
+    """Return the generators' names and [N, G]: +1 for image_0's, -1 for image_1's, 0 in pairs where one is unknown."""
+    is_known = pl.col("model_0").is_not_null() & pl.col("model_1").is_not_null()
+    both = margins.select(*(pl.when(is_known).then(f"model_{i}").alias(f"model_{i}") for i in (0, 1)))
+    names = sorted(set(both["model_0"].drop_nulls()) | set(both["model_1"].drop_nulls()))
+    sides = (
+        [np.stack([(both[f"model_{i}"] == n).fill_null(False).to_numpy() for n in names], 1) for i in (0, 1)]
+        if names
+        else []
+    )
+    return names, sides[0].astype(float) - sides[1] if names else np.zeros((len(margins), 0))
+
+
+def _judged(table: pl.DataFrame, margins: pl.DataFrame, humans: PairVotes, scorers: Sequence[str]) -> pl.DataFrame:
+    """Return the table with accuracy and votes, by fold of the pairs left out, and calibration errors over all."""
+    folds = mar.folds(margins)
+    d = mar.matrix(margins, scorers)
+    facts: list[dict[str, object]] = []
+    curves = _curves(table, margins, humans, scorers)
+    for name, margin in [*zip(scorers, d.T, strict=True), (ENSEMBLE, ensemble_logit(margins, table, scorers))]:
+        is_known = ~np.isnan(margin)
+        for f in (ALL, *range(FOLDS)):
+            rows = is_known if f == ALL else is_known & (folds == f)
+            facts.append(
                 {
-                    "scorer": scorer,
+                    "scorer": name,
                     "fold": f,
-                    "slope": slope,
-                    "weight": weights[k],
-                    "rms": rms[k],
-                    "min": ranges.get(scorer, (None, None))[0],
-                    "max": ranges.get(scorer, (None, None))[1],
-                    "accuracy": tie_aware_accuracy(d[judged, k], decided_label[judged], decided_votes[judged]),
-                    "votes": int(decided_votes[judged].sum()),
+                    "accuracy": tie_aware_accuracy(margin[rows], humans.decided_label[rows], humans.decided[rows]),
+                    "votes": int(humans.decided[rows].sum()),
+                    **({f"ece_{s}": ece(curves, name, s) for s in ("raw", "calibrated")} if f == ALL else {}),
                 }
             )
-        judged = left_out & known.all(1)
-        rows.append(
-            {
-                "scorer": "ensemble",
-                "fold": f,
-                "slope": 1.0,
-                "weight": None,
-                "rms": None,
-                "min": None,
-                "max": None,
-                "accuracy": tie_aware_accuracy(z[judged] @ weights, decided_label[judged], decided_votes[judged]),
-                "votes": int(decided_votes[judged].sum()),
-            }
+    judged = pl.DataFrame(
+        facts,
+        schema_overrides={"fold": pl.Int8, **dict.fromkeys(("accuracy", "ece_raw", "ece_calibrated"), pl.Float64)},
+    )
+    return table.update(judged, on=["scorer", "fold"]).select(list(schemas.CALIBRATION.polars_schema))
+
+
+def reliability(
+    margins: pl.DataFrame, calibration: pl.DataFrame, votes: pl.DataFrame, scorers: Sequence[str]
+) -> pl.DataFrame:
+    """Return the reliability table: how often people chose the favoured image, by its probability, raw and calibrated.
+
+    The favoured image's probability max(p, 1 - p) falls into one of 10 equal bins of [0.5, 1], so that swapping the
+    images changes nothing. raw is sigmoid(d), the softmax of two scores as published; the raw ensemble is sigmoid(mean z).
+    """
+    return _curves(calibration, margins, votes_per_pair(margins, votes), scorers)
+
+
+def _curves(
+    calibration: pl.DataFrame, margins: pl.DataFrame, humans: PairVotes, scorers: Sequence[str]
+) -> pl.DataFrame:
+    d, logits = mar.matrix(margins, scorers), scorer_logits(margins, calibration, scorers)
+    stages = [(s, "raw", d[:, k]) for k, s in enumerate(scorers)]
+    stages += [(s, "calibrated", logits[:, k]) for k, s in enumerate(scorers)]
+    stages.append((ENSEMBLE, "raw", (d / mar.rms(d)).mean(1)))
+    stages.append((ENSEMBLE, "calibrated", ensemble_logit(margins, calibration, scorers)))
+    frames = []
+    for scorer, stage, logit in stages:
+        rows = np.flatnonzero(~np.isnan(logit) & (humans.votes > 0))
+        logit, votes, label = logit[rows], humans.votes[rows], humans.label[rows]
+        p = sigmoid(np.abs(logit))
+        bins = np.minimum(((p - 0.5) * 2 * BINS).astype(np.int64), BINS - 1)
+        chosen = np.where(logit > 0, label, np.where(logit < 0, 1 - label, 0.5))
+        count, sum_p, sum_chosen = (np.bincount(bins, v, minlength=BINS) for v in (votes, votes * p, votes * chosen))
+        at = np.flatnonzero(count)
+        frames.append(
+            pl.DataFrame(
+                {
+                    "bin": at,
+                    "votes": count[at],
+                    "probability": sum_p[at] / count[at],
+                    "agreement": np.clip(sum_chosen[at] / count[at], 0, 1),
+                }
+            )
+            .cast({"bin": pl.Int32, "votes": pl.Int64})
+            .select(pl.lit(scorer).alias("scorer"), pl.lit(stage).alias("stage"), pl.all())
         )
-    return pl.DataFrame(rows, schema=schemas.CALIBRATION.polars_schema)
+    return pl.concat(frames)
 
 
-def ensemble_logit(calibration: pl.DataFrame, scorers: list[str]) -> pl.Expr:
-    """Return h of a row of `differences` from the weights of its prompt's fold; null where a scorer has no score."""
-    cases: pl.Expr = pl.lit(None, pl.Float64)
-    for f in range(FOLDS):
-        part = {r["scorer"]: r for r in calibration.filter(pl.col("fold") == f).iter_rows(named=True)}
-        terms = [pl.col(difference_column(s)) * (part[s]["weight"] / (part[s]["rms"] or 1.0)) for s in scorers]
-        cases = pl.when(fold() == f).then(sum(terms[1:], terms[0])).otherwise(cases)
-    return cases
+def ece(reliability: pl.DataFrame, scorer: str, stage: str) -> float | None:
+    """Return the expected calibration error sum_b votes_b / votes * |probability_b - agreement_b|; None without votes."""
+    bins = reliability.filter(pl.col("scorer") == scorer, pl.col("stage") == stage)
+    votes, gap = bins["votes"].to_numpy(), (bins["probability"] - bins["agreement"]).abs().to_numpy()
+    return float(votes @ gap / votes.sum()) if len(bins) else None
 
 
-def scorer_logit(calibration: pl.DataFrame, scorer: str) -> pl.Expr:
-    """Return a_k d_k with the slope of the prompt's fold."""
-    cases: pl.Expr = pl.lit(None, pl.Float64)
-    for f in range(FOLDS):
-        slope = calibration.filter(pl.col("fold") == f, pl.col("scorer") == scorer)["slope"][0]
-        cases = pl.when(fold() == f).then(pl.col(difference_column(scorer)) * slope).otherwise(cases)
-    return cases
+# --- what others read of it ------------------------------------------------------------------------------------------
 
 
-def sigmoid(x: pl.Expr) -> pl.Expr:
-    """Return 1 / (1 + exp(-x))."""
-    return 1 / (1 + (-x).exp())
+def by_fold(calibration: pl.DataFrame, scorer: str, column: str) -> np.ndarray:
+    """Return a column of a scorer for the folds 0 .. FOLDS-1, [FOLDS]."""
+    return calibration.filter(pl.col("scorer") == scorer, pl.col("fold") != ALL).sort("fold")[column].to_numpy()
 
 
-def rms_of(calibration: pl.DataFrame, scorer: str) -> float:
-    """Return rms(d_k) over all pairs; 1 where every difference is 0."""
-    return calibration.filter(pl.col("fold") == ALL, pl.col("scorer") == scorer)["rms"][0] or 1.0
+def scorer_logits(margins: pl.DataFrame, calibration: pl.DataFrame, scorers: Sequence[str]) -> np.ndarray:
+    """Return a_k d_k with the slope of the prompt's fold, [N, K]; NaN where a score is missing."""
+    slopes = np.stack([by_fold(calibration, s, "slope") for s in scorers], 1)
+    return mar.matrix(margins, scorers) * slopes[mar.folds(margins)]
+
+
+def ensemble_logit(margins: pl.DataFrame, calibration: pl.DataFrame, scorers: Sequence[str]) -> np.ndarray:
+    """Return h with the weights of the prompt's fold, [N]; NaN where a scorer has no score."""
+    d, folds = mar.matrix(margins, scorers), mar.folds(margins)
+    weights = np.stack([by_fold(calibration, s, "weight") for s in scorers], 1) / mar.rms(d)
+    h = (d * weights[folds]).sum(1)
+    names = [s for s in calibration["scorer"].unique().sort() if s.startswith(GENERATOR)]
+    if names:
+        theirs, sides = _generators(margins)
+        learned = {n.removeprefix(GENERATOR): by_fold(calibration, n, "weight") for n in names}
+        # A generator that the fit never saw adds nothing.
+        added = np.stack([learned.get(n, np.zeros(FOLDS)) for n in theirs], 1) if theirs else np.zeros((FOLDS, 0))
+        h = h + (sides * added[folds]).sum(1)
+    return h

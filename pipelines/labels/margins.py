@@ -36,9 +36,13 @@ def margins(pairs: pl.DataFrame, scores: pl.DataFrame, models: pl.DataFrame, sco
     # Ids are hashes themselves; 64 bits of both together are compared in a third of the time that texts need.
     keyed = scores.select(key=_key("image_id"), row=pl.int_range(pl.len(), dtype=pl.UInt32))
     if keyed["key"].n_unique() != len(keyed):
-        raise ValueError(f"scores: of {len(keyed)} rows, {len(keyed) - keyed['key'].n_unique()} repeat an (image, prompt)")
+        raise ValueError(
+            f"scores: of {len(keyed)} rows, {len(keyed) - keyed['key'].n_unique()} repeat an (image, prompt)"
+        )
     result = pairs.select("pair_id", "prompt_id").with_columns(
-        pairs.select("pair_id").join(models, on="pair_id", how="left", maintain_order="left").select("model_0", "model_1")
+        pairs.select("pair_id")
+        .join(models, on="pair_id", how="left", maintain_order="left")
+        .select("model_0", "model_1")
     )
     for i in (0, 1):
         found = pairs.select(key=_key(f"image_{i}_id")).join(keyed, on="key", how="left", maintain_order="left")["row"]
@@ -96,5 +100,7 @@ def rows_of(margins: pl.DataFrame, pair_id: pl.Series) -> np.ndarray:
     rows = margins.select("pair_id").with_row_index("row")
     found = pair_id.to_frame("pair_id").join(rows, on="pair_id", how="left", maintain_order="left")["row"]
     if found.null_count():
-        raise ValueError(f"{found.null_count()} votes are on pairs that `margins` lacks; build it again from these pairs")
+        raise ValueError(
+            f"{found.null_count()} votes are on pairs that `margins` lacks; build it again from these pairs"
+        )
     return found.to_numpy().astype(np.int64)
