@@ -1,0 +1,160 @@
+"""Preferences: one row per pair, everything that is known about it side by side; what analysts query and trainers read.
+
+Belongs here: the join. Does not belong here: what a label means (its own module), who may be trained on (`curation`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import polars as pl
+
+from pipelines import schemas
+from pipelines.labels import margins as mar
+from pipelines.labels.calibration import sigmoid, votes_per_pair
+
+ROWS = 200_000
+"""Rows that are put together at once, so that memory holds numbers for all pairs but texts for these alone."""
+_SAYS_NOTHING = ("ok", "not_imported", "unscorable")
+"""What nobody has imported, or one scorer's code cannot take, says nothing about the picture."""
+
+
+def preferences(
+    pairs: pl.DataFrame,
+    prompts: pl.DataFrame,
+    votes: pl.DataFrame,
+    sources: pl.DataFrame,
+    margins: pl.DataFrame,
+    metrics: pl.DataFrame,
+    minority: pl.DataFrame,
+    consensus: pl.DataFrame,
+    smoothed: pl.DataFrame,
+    problems: pl.DataFrame,
+    images: pl.DataFrame,
+    scorers: Sequence[str],
+) -> Iterator[pl.DataFrame]:
+    """Yield the preferences table in pieces, in the order of `pairs`.
+
+    Args:
+        pairs: pair keys, n_votes, human_label_0, cycle; sorted by pair_id, as the next five are, row by row.
+        margins, metrics, consensus, smoothed: of the modules of these names (metrics: of minority.pair_metrics).
+        prompts: prompt_id, prompt, split. votes: the counted votes. minority: the minority table.
+        sources: pair_id, source of all votes, counted or not.
+        problems: scorer, image_id, prompt_id, status, reason of the scores that are none.
+        images: image_id, status, reason of every image of every shard.
+
+    Raises:
+        ValueError: a table was made from other pairs.
+    """
+    for name, other in {"margins": margins, "metrics": metrics, "consensus": consensus, "smoothed": smoothed}.items():
+        if not pairs["pair_id"].equals(other["pair_id"]):
+            raise ValueError(f"{name}: holds other pairs than the catalogue; build it again")
+    human = pairs["human_label_0"].to_numpy()
+    with np.errstate(invalid="ignore"):
+        side = np.where(human > 0.5, 1.0, np.where(human < 0.5, 0.0, np.nan))
+    said = votes_per_pair(margins, votes)
+    smaller = np.minimum(said.decided_label, 1 - said.decided_label)
+    d = mar.matrix(margins, scorers)
+    is_with_side = np.where(side[:, None] == 1, d > 0, d < 0)
+    logit = metrics["logit"].fill_null(np.nan).to_numpy()
+    c = [metrics[f"confidence_{i}"].fill_null(np.nan).to_numpy() for i in (0, 1)]
+    stability = np.where(np.isnan(side), np.nan, metrics["stability"].fill_null(np.nan).to_numpy())
+    confidence = np.where(np.isnan(side), np.nan, np.where(side == 1, *c))
+    numbers = {
+        "minority_share": np.where(said.decided >= 3, smaller, np.nan),
+        "confidence": confidence,
+        "stability": stability,
+        "metric": confidence * stability,
+        "minority_score": sigmoid(np.where(side == 1, -logit, np.where(side == 0, logit, np.nan))),
+        "minority_probability": _on_side(margins, minority, side),
+    }
+    extra = pl.DataFrame(
+        {
+            **{name: pl.Series(values).fill_nan(None) for name, values in numbers.items()},
+            "is_unanimous": pl.Series(is_with_side.all(1)),
+            "_has_all": pl.Series(~(np.isnan(d).any(1) | np.isnan(side))),
+            "sources": _joined_sources(margins, sources),
+            "excluded_because": _unusable(pairs, margins, problems, images, scorers),
+        }
+    ).with_columns(is_unanimous=pl.when("_has_all").then("is_unanimous"))
+    columns = list(schemas.PREFERENCES.of(scorers).polars_schema)
+    for start in range(0, max(1, len(pairs)), ROWS):
+        piece = pairs.slice(start, ROWS).with_columns(is_in_cycle=pl.col("cycle").is_not_null())
+        parts = [piece, extra.slice(start, ROWS)]
+        parts += [
+            t.slice(start, ROWS).drop("pair_id", "prompt_id", strict=False) for t in (margins, smoothed, consensus)
+        ]
+        # A prompt that the catalogue lacks breaks the rule that split is never null, instead of losing its pairs.
+        yield (
+            pl.concat(parts, how="horizontal")
+            .join(prompts, on="prompt_id", how="left", maintain_order="left")
+            .select(columns)
+        )
+
+
+def _on_side(margins: pl.DataFrame, minority: pl.DataFrame, side: np.ndarray) -> np.ndarray:
+    """Return the mean minority_probability of the people on the humans' side of each pair, [N]; NaN where unknown."""
+    known = minority.filter(pl.col("minority_probability").is_not_null())
+    rows = mar.rows_of(margins, known["pair_id"])
+    with_side = known["label_0"].to_numpy() == side[rows]
+    people = known["people"].to_numpy() * with_side
+    total = np.bincount(rows, people, minlength=len(side))
+    weighted = np.bincount(rows, people * known["minority_probability"].to_numpy(), minlength=len(side))
+    return np.divide(weighted, total, out=np.full(len(side), np.nan), where=total > 0)
+
+
+def _joined_sources(margins: pl.DataFrame, sources: pl.DataFrame) -> pl.Series:
+    """Return per pair the names of the sources that hold votes on it, sorted and joined by '+'."""
+    rows = mar.rows_of(margins, sources["pair_id"])
+    names = sorted(sources["source"].unique())
+    holds = np.zeros((len(margins), len(names)), bool)
+    for i, name in enumerate(names):
+        holds[rows[(sources["source"] == name).to_numpy()], i] = True
+    kinds, which = (
+        np.unique(holds, axis=0, return_inverse=True) if len(names) > 1 else (holds[:1], np.zeros(len(margins), int))
+    )
+    texts = pl.Series(["+".join(n for n, h in zip(names, kind, strict=True) if h) for kind in kinds], dtype=pl.String)
+    return texts.gather(which.reshape(-1))
+
+
+def _unusable(
+    pairs: pl.DataFrame, margins: pl.DataFrame, problems: pl.DataFrame, images: pl.DataFrame, scorers: Sequence[str]
+) -> pl.Series:
+    """Return per pair which image no model may be trained on and why, image_0's reason before image_1's; null: none."""
+    why = pl.format("{}: {}", "status", pl.col("reason").fill_null("-"))
+    of_score = (
+        problems.sort("scorer")
+        .group_by("image_id", "prompt_id")
+        .agg(
+            bad=why.filter(~pl.col("status").is_in(_SAYS_NOTHING)).first(),
+            is_known=pl.lit(True),
+        )
+    )
+    # An imported score may be ok where there are no bytes to train on; one shard that has them is enough.
+    of_image = (
+        images.filter(pl.col("status") != "ok")
+        .join(images.filter(pl.col("status") == "ok"), on="image_id", how="anti")
+        .group_by("image_id")
+        .agg(absent=why.sort().first())
+    )
+    reasons = []
+    for i in (0, 1):
+        found = pairs.select("prompt_id", image_id=f"image_{i}_id").join(
+            of_score, on=["image_id", "prompt_id"], how="left", maintain_order="left"
+        )
+        found = found.join(of_image, on="image_id", how="left", maintain_order="left")
+        is_scored = margins.select(
+            pl.any_horizontal(pl.col(f"score_{i}_{s}").is_not_null() for s in scorers)
+        ).to_series()
+        text = pl.coalesce("bad", "absent")
+        reasons.append(
+            found.with_columns(is_scored=is_scored).select(
+                pl.when(text.is_not_null())
+                .then(pl.format(f"image_{i} {{}}", text))
+                .when(~pl.col("is_scored") & pl.col("is_known").is_null())
+                .then(pl.lit(f"image_{i} not scored"))
+                .alias(f"why_{i}")
+            )
+        )
+    return pl.concat(reasons, how="horizontal").select(pl.coalesce("why_0", "why_1")).to_series()
