@@ -5,135 +5,294 @@ Belongs here: which tables a step reads and which parameters enter its fingerpri
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cached_property
+
 import polars as pl
 
-from pipelines import catalogue, curation, schemas
+from pipelines import catalogue, schemas
 from pipelines.config import Config
+from pipelines.labels import annotators as ann
 from pipelines.labels import calibration as cal
 from pipelines.labels import consensus as con
-from pipelines.labels import margins, smoothed
+from pipelines.labels import margins as mar
 from pipelines.labels import minority as mino
+from pipelines.labels import preferences as pref
+from pipelines.labels import smoothed as smo
 from pipelines.scoring import batches
-from pipelines.tables import Built, Manifest, Store
+from pipelines.tables import Built, Manifest, Store, StoreError
 
-CODE_VERSION = "4"
+CODE_VERSION = "5"
+_COSINES = ("clip", "hpsv2", "hpsv2.1")
+"""Kinds whose score is a cosine as it is; PickScore's is one times the scale that its manifests name."""
 
 
 class Labels:
-    """The label tables of a store under a configuration; each method builds one table or reuses it."""
+    """The label tables of a store under a configuration; each method builds one table or reuses it.
+
+    What several steps of one process read is read once.
+    """
 
     def __init__(self, store: Store, config: Config, shard_keys: list[str]) -> None:
         self.store, self.config, self.shard_keys = store, config, shard_keys
         self.scorers = [s.name for s in config.scorers]
-        self._differences: pl.DataFrame | None = None
 
-    def _inputs(self, *tables: str) -> list[Manifest]:
-        """Return the commits of votes, the catalogue's view of them, active scores, and the whole tables named."""
+    # --- what steps read -----------------------------------------------------------------------------------------
+
+    @cached_property
+    def _scored(self) -> dict[str, list[Manifest]]:
+        """The commits of the active scores of every scorer."""
         catalogue.require_current(self.store, self.shard_keys)
         current = batches.require_active(self.store, self.config, self.shard_keys)
-        wanted = [batches.partition(s, current[s], k) for s in self.scorers for k in self.shard_keys]
-        scores, votes = self.store.require_all("scores", wanted), self.store.require_all("votes", self.shard_keys)
-        over_all = [self.store.require(t) for t in ("catalogue_votes", "catalogue_pairs")]
-        return [*votes, *over_all, *scores, *(self.store.require(t) for t in tables)]
+        return {
+            s: self.store.require_all("scores", [batches.partition(s, current[s], k) for k in self.shard_keys])
+            for s in self.scorers
+        }
 
-    def _scores(self) -> pl.LazyFrame:
-        return batches.current_scores(self.store, self.scorers, self.shard_keys)
+    @cached_property
+    def _voted(self) -> list[Manifest]:
+        """The commits of votes and of what the catalogue says of them."""
+        votes = self.store.require_all("votes", self.shard_keys)
+        return [*votes, *(self.store.require(t) for t in ("catalogue_votes", "catalogue_pairs"))]
 
-    def _votes(self) -> pl.LazyFrame:
-        return catalogue.counted_votes(self.store, self.shard_keys)
+    def _inputs(self, *labels: str) -> list[Manifest]:
+        """Return the commits of votes and of label tables, these made from what lies there now."""
+        scores = [m for manifests in self._scored.values() for m in manifests]
+        seen = {"margins": [*self._voted, *scores]}
+        return [*self._voted, *(self.store.require_current(t, made_from=seen.get(t, ())) for t in labels)]
 
-    def differences(self) -> pl.DataFrame:
-        """Return the scorers' differences per pair (kept for the steps of one process)."""
-        if self._differences is None:
-            pairs = catalogue.all_pairs(self.store)
-            self._differences = margins.differences(pairs, self._scores(), self.scorers)
-        return self._differences
+    @cached_property
+    def _pairs(self) -> pl.DataFrame:
+        return catalogue.all_pairs(self.store).collect()
 
-    def _human(self) -> pl.DataFrame:
-        return catalogue.all_pairs(self.store).select("pair_id", "human_label_0").drop_nulls().collect()
+    @cached_property
+    def _all_votes(self) -> pl.DataFrame:
+        columns = ("vote_id", "pair_id", "annotator_id", "label_0", "was_swapped", "source", "model_0", "model_1")
+        votes = catalogue.resolved_votes(self.store, self.shard_keys).filter(pl.col("pair_id").is_not_null())
+        names = pl.col("source", "model_0", "model_1").cast(pl.Categorical)
+        return (
+            votes.select(*columns, people=catalogue.PEOPLE, counts=pl.col("status") == "ok")
+            .with_columns(names)
+            .collect()
+        )
+
+    @cached_property
+    def _votes(self) -> pl.DataFrame:
+        return self._all_votes.filter("counts")
+
+    @cached_property
+    def _margins(self) -> pl.DataFrame:
+        return self.store.read(schemas.MARGINS)
+
+    @cached_property
+    def _calibration(self) -> pl.DataFrame:
+        return self.store.read(schemas.CALIBRATION)
+
+    @cached_property
+    def _metrics(self) -> pl.DataFrame:
+        return mino.pair_metrics(self._margins, self._calibration, self.scorers)
+
+    def _scores(self) -> pl.DataFrame:
+        """Return image_id, prompt_id and a column of scores per scorer, null where it has none."""
+        result = pl.DataFrame()
+        for scorer, commits in self._scored.items():
+            scan = self.store.scan(schemas.SCORES, partitions=[m.partition for m in commits])
+            found = scan.select("image_id", "prompt_id", pl.col("score").alias(scorer)).collect()
+            # Every scorer's file of a shard has a row for every (image, prompt) that the shard owns, sorted.
+            if len(result) and not found.drop(scorer).equals(result.select("image_id", "prompt_id")):
+                raise StoreError(
+                    f"{self.store.location}: scores of {scorer} have other (image, prompt) rows than those of "
+                    f"{self.scorers[0]}; score both again (`python -m pipelines score`)"
+                )
+            result = result.with_columns(found[scorer]) if len(result) else found
+        return result
+
+    def _logit_scales(self) -> dict[str, float]:
+        """Return scorer -> factor of the cosine in its score, where it is one."""
+        found: dict[str, float] = {}
+        for scorer in self.config.scorers:
+            if scorer.kind in _COSINES:
+                found[scorer.name] = 1.0
+            elif scorer.kind == "pickscore":
+                named = [m.extra["logit_scale"] for m in self._scored[scorer.name] if "logit_scale" in m.extra]
+                found |= {scorer.name: named[0]} if named else {}
+        return found
+
+    def _models(self) -> pl.DataFrame:
+        """Return pair_id, model_0, model_1 of pairs whose generators their votes name; of several names the first."""
+        named = self._all_votes.select("pair_id", "model_0", "model_1").drop_nulls()
+        if not len(named):
+            return named
+        return named.group_by("pair_id").agg(pl.col("model_0", "model_1").cast(pl.String).min())
+
+    # --- the steps ---------------------------------------------------------------------------------------------
+
+    def margins(self) -> Built:
+        """Build `margins`."""
+        scores = [m for manifests in self._scored.values() for m in manifests]
+        return self.store.build(
+            schemas.MARGINS,
+            lambda: mar.margins(self._pairs, self._scores(), self._models(), self.scorers),
+            inputs=[*self._voted, *scores],
+            code_version=CODE_VERSION,
+            parameters={"scorers": self.scorers},
+        )
 
     def calibration(self) -> Built:
         """Build `calibration`."""
-
-        def make() -> pl.DataFrame:
-            ranges = (
-                self._scores().group_by("scorer").agg(low=pl.col("score").min(), high=pl.col("score").max()).collect()
-            )
-            votes = self._votes().select("pair_id", "label_0", people=catalogue.PEOPLE).collect()
-            return cal.calibrate(self.differences(), votes, ranges, self.scorers)
-
-        parameters = {"scorers": self.scorers, "folds": margins.FOLDS, "ridge": cal.RIDGE}
+        term = self.config.labels.generator_term
+        scales = self._logit_scales()
         return self.store.build(
-            schemas.CALIBRATION, make, inputs=self._inputs(), code_version=CODE_VERSION, parameters=parameters
+            schemas.CALIBRATION,
+            lambda: cal.calibrate(self._margins, self._votes, self.scorers, logit_scales=scales, generator_term=term),
+            inputs=self._inputs("margins"),
+            code_version=CODE_VERSION,
+            parameters={
+                "scorers": self.scorers,
+                "folds": mar.FOLDS,
+                "equality": cal.PROMPTS_OF_EQUALITY,
+                "generator_term": term,
+                "logit_scales": scales,
+            },
+        )
+
+    def reliability(self) -> Built:
+        """Build `reliability`."""
+        return self.store.build(
+            schemas.RELIABILITY,
+            lambda: cal.reliability(self._margins, self._calibration, self._votes, self.scorers),
+            inputs=self._inputs("margins", "calibration"),
+            code_version=CODE_VERSION,
+            parameters={"scorers": self.scorers},
         )
 
     def consensus(self) -> Built:
         """Build `consensus`."""
         labels = self.config.labels
-        parameters = {"scorers": self.scorers, "tie_policy": labels.tie_policy, "tie_breaker": labels.tie_breaker}
+        options = {
+            "tie_policy": labels.tie_policy,
+            "tie_breaker": labels.tie_breaker,
+            "human_votes": labels.human_votes,
+            "seed": labels.seed,
+        }
         return self.store.build(
             schemas.CONSENSUS,
-            lambda: con.consensus(
-                self.differences(), self._human(), self.scorers, labels.tie_policy, labels.tie_breaker
-            ),
-            inputs=self._inputs(),
+            lambda: con.consensus(self._margins, self._pairs["human_label_0"], self.scorers, **options),  # type: ignore[arg-type]
+            inputs=self._inputs("margins"),
             code_version=CODE_VERSION,
-            parameters=parameters,
+            parameters={"scorers": self.scorers, **options},
+        )
+
+    def consensus_report(self) -> Built:
+        """Build `consensus_report`."""
+        return self.store.build(
+            schemas.CONSENSUS_REPORT,
+            lambda: con.report(
+                self.store.read(schemas.CONSENSUS),
+                self._margins,
+                cal.votes_per_pair(self._margins, self._votes),
+                self.scorers,
+            ),
+            inputs=self._inputs("margins", "consensus"),
+            code_version=CODE_VERSION,
+            parameters={"scorers": self.scorers},
         )
 
     def smoothed(self) -> Built:
         """Build `smoothed`."""
-        smpo = next((s.name for s in self.config.scorers if s.kind == "pickscore"), self.scorers[0])
+        of_pickscore = [s.name for s in self.config.scorers if s.kind == "pickscore"]
+        smpo = self.config.labels.smpo_scorer or [*of_pickscore, self.scorers[0]][0]
+        published = self.config.labels.smpo_constants == "published"
         return self.store.build(
             schemas.SMOOTHED,
-            lambda: smoothed.smoothed(self.differences(), self.store.read(schemas.CALIBRATION), self.scorers, smpo),
-            inputs=self._inputs("calibration"),
+            lambda: smo.smoothed(self._margins, self._calibration, self.scorers, smpo, published_constants=published),
+            inputs=self._inputs("margins", "calibration"),
             code_version=CODE_VERSION,
-            parameters={"scorers": self.scorers, "smpo_scorer": smpo},
+            parameters={"scorers": self.scorers, "smpo_scorer": smpo, "published_constants": published},
         )
 
-    def _sides(self) -> pl.DataFrame:
-        return mino.side_metrics(self.differences(), self.store.read(schemas.CALIBRATION), self.scorers)
-
     def minority(self) -> Built:
-        """Build `minority`."""
+        """Build `minority`; its manifest says what minority_probability was learned from."""
+        lessons: list[mino.Lesson] = []
+
+        def make() -> pl.DataFrame:
+            table, lesson = mino.minority(self._votes, self._margins, self._metrics, em=self.config.labels.em)
+            lessons.append(lesson)
+            return table
+
         return self.store.build(
             schemas.MINORITY,
-            lambda: mino.minority(self._votes().collect(), self._sides()),
-            inputs=self._inputs("calibration"),
+            make,
+            inputs=self._inputs("margins", "calibration"),
             code_version=CODE_VERSION,
-            parameters={"scorers": self.scorers, "rho": mino.RHO},
+            parameters={"scorers": self.scorers, "rho": mino.RHO, "em": self.config.labels.em},
+            extra=lambda: lessons[0].facts(),
+        )
+
+    def annotators(self) -> Built:
+        """Build `annotators`."""
+        return self.store.build(
+            schemas.ANNOTATORS,
+            lambda: ann.annotators(self._votes, self._margins, self.store.read(schemas.MINORITY)),
+            inputs=self._inputs("margins", "minority"),
+            code_version=CODE_VERSION,
+        )
+
+    def rater_agreement(self) -> Built:
+        """Build `rater_agreement`."""
+        return self.store.build(
+            schemas.RATER_AGREEMENT,
+            lambda: ann.rater_agreement(self._votes, self._margins),
+            inputs=self._inputs("margins"),
+            code_version=CODE_VERSION,
         )
 
     def preferences(self) -> Built:
         """Build `preferences`."""
 
-        def make() -> pl.DataFrame:
-            return curation.preferences(
-                pairs=catalogue.all_pairs(self.store),
-                prompts=self.store.scan(schemas.CATALOGUE_PROMPTS),
-                votes=self._votes(),
-                vote_sources=catalogue.resolved_votes(self.store, self.shard_keys),
-                scores=self._scores(),
-                sides=self._sides(),
-                consensus=self.store.scan(schemas.CONSENSUS),
-                smoothed=self.store.scan(schemas.SMOOTHED),
-                images=self.store.scan(schemas.IMAGES, partitions=self.shard_keys).select(
-                    "image_id", "status", "reason"
-                ),
+        def make() -> Iterator[pl.DataFrame]:
+            scores = batches.current_scores(self.store, self.scorers, self.shard_keys)
+            return pref.preferences(
+                pairs=self._pairs,
+                prompts=self.store.read(schemas.CATALOGUE_PROMPTS).select("prompt_id", "prompt", "split"),
+                votes=self._votes,
+                sources=self._all_votes.select("pair_id", "source"),
+                margins=self._margins,
+                metrics=self._metrics,
+                minority=self.store.read(schemas.MINORITY),
+                consensus=self.store.read(schemas.CONSENSUS),
+                smoothed=self.store.read(schemas.SMOOTHED),
+                problems=scores.filter(pl.col("status") != "ok").drop("score").collect(),
+                images=self.store.scan(schemas.IMAGES, partitions=self.shard_keys)
+                .select("image_id", "status", "reason")
+                .collect(),
+                scorers=self.scorers,
             )
 
         # Imported scores stay as they are when bytes come or go.
         images = self.store.require_all("images", self.shard_keys)
-
+        prompts = self.store.require(schemas.CATALOGUE_PROMPTS.name)
+        scores = [m for manifests in self._scored.values() for m in manifests]
+        labels = self._inputs("margins", "calibration", "consensus", "smoothed", "minority")
         return self.store.build(
             schemas.PREFERENCES,
             make,
-            inputs=[*self._inputs("calibration", "consensus", "smoothed", "catalogue_prompts"), *images],
+            inputs=[*labels, prompts, *images, *scores],
             code_version=CODE_VERSION,
             parameters={"scorers": self.scorers},
         )
 
 
-LABEL_TABLES = ("calibration", "consensus", "smoothed", "minority", "preferences")
-"""Methods of Labels in the order in which they depend on each other."""
+LABEL_TABLES: dict[str, tuple[str, ...]] = {
+    "margins": (),
+    "calibration": ("margins",),
+    "reliability": ("margins", "calibration"),
+    "consensus": ("margins",),
+    "consensus_report": ("margins", "consensus"),
+    "smoothed": ("margins", "calibration"),
+    "minority": ("margins", "calibration"),
+    "annotators": ("margins", "minority"),
+    "rater_agreement": ("margins",),
+    "preferences": ("margins", "calibration", "consensus", "smoothed", "minority"),
+}
+"""Methods of Labels in an order in which they can run, and the label tables that each reads."""
