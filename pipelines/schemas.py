@@ -978,12 +978,21 @@ TABLES: dict[str, Table] = {
 
 def data_dictionary() -> str:
     """Return the data dictionary of all tables as Markdown."""
-    lines = ["# Data dictionary", ""]
+    lines = [
+        "# Data dictionary",
+        "",
+        "A table's files are `<table>/<partition>.parquet`: partition `all` where it is not cut, else a path of what it is "
+        "cut by (`<shard>`, `<scorer>/revision=<revision>/<shard>`). A column with `<scorer>` in its name is there once for "
+        "every configured scorer. Views of `views.sql` have a column `filename` besides; `scores`, of the active revisions "
+        "alone, also `scorer` and `revision`; tables cut by model or recipe also `model` or `recipe`.",
+        "",
+    ]
     for table in TABLES.values():
         lines += [
             f"## {table.name}",
             "",
-            f"One row per {table.row}. Key: {', '.join(table.key)}. Cut by: {table.cut_by}.",
+            f"One row per {table.row}. Key: {', '.join(table.key)}. "
+            + (f"Cut by: {table.cut_by}." if table.cut_by != "whole" else "Not cut."),
             "",
         ]
         lines += ["| column | type | null | meaning |", "|---|---|---|---|"]

@@ -472,12 +472,14 @@ class Store:
             files = ", ".join("'" + self.data_path(table.name, p).replace("'", "''") + "'" for p in partitions)
             columns = "*"
             if table is schemas.SCORES:
-                columns = "*, regexp_extract(filename, '/scores/([^/]+)/revision=', 1) AS scorer"
+                name = "regexp_extract(filename, '/scores/([^/]+)/revision=([^/]+)/', {})"
+                columns = f"*, {name.format(2)} AS revision, {name.format(1)} AS scorer"
             if table.cut_by in ("model", "recipe"):
                 columns = f"*, regexp_extract(filename, '/{table.name}/([^/]+)\\.parquet$', 1) AS {table.cut_by}"
+            # A folder above the store may be called 'split=test'; that says nothing about the column.
+            options = "filename = true, union_by_name = true, hive_partitioning = false"
             lines.append(
-                f"CREATE OR REPLACE VIEW {table.name} AS SELECT {columns} "
-                f"FROM read_parquet([{files}], filename = true, union_by_name = true);"
+                f"CREATE OR REPLACE VIEW {table.name} AS SELECT {columns} FROM read_parquet([{files}], {options});"
             )
         self.publish("views.sql", ("\n".join(lines) + "\n").encode())
         self.publish("data_dictionary.md", schemas.data_dictionary().encode())
