@@ -6,6 +6,10 @@ python -m pipelines score [--scorers a,b] [--workers N] [--part K/N] [--dry-run]
 python -m pipelines score-diff SCORER OLD NEW    what changed between two revisions
 python -m pipelines scorers               the scorer report: accuracy, correlation, what bfloat16 costs
 python -m pipelines precision [SCORER ...]  what bfloat16 would cost these scorers, on human pairs of the store
+python -m pipelines card                  the label card: who voted, agreement, minority, what each policy drops
+python -m pipelines pairs [QUERY] [--where SQL] [--order-by SQL] [--policy P] [--limit N] [--blur P] [--out FILE]
+                                          pages that show pairs; one page with a query or a condition, else all
+python -m pipelines export FOLDER --policy P [--splits train,test]   Pick-a-Pic's own layout, for any DPO script
 python -m pipelines show TABLE            print rows of a table (--rows N)
 python -m pipelines sql "SELECT ..."      query the tables with DuckDB, by their names
 """
@@ -15,17 +19,30 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from pathlib import Path
 
 import polars as pl
 
-from pipelines import accounting, catalogue, ingest, schemas, steps
+from pipelines import (
+    accounting,
+    catalogue,
+    curation,
+    ingest,
+    label_card,
+    pairs_page,
+    schemas,
+    steps,
+)
 from pipelines import config as configuration
+from pipelines import export as exports
 from pipelines.errors import run_command
 from pipelines.sources import SourceError
 from pipelines.tables import Built, Store, StoreError
 from pipelines.world import raw
 
 ORDER = ("world", "ingest", "score", "label")
+NAMED = ("score-diff", "precision", "pairs", "export", "show", "sql")
+"""What takes names behind it."""
 
 
 def say(message: str) -> None:
@@ -46,9 +63,11 @@ def _tell(name: str, built: Built) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m pipelines", description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("what", choices=("run", *ORDER, "score-diff", "scorers", "precision", "show", "sql"))
+    parser.add_argument("what", choices=("run", *ORDER, *NAMED, "scorers", "card"))
     parser.add_argument(
-        "names", nargs="*", help="show: a table; sql: a query; score-diff: SCORER OLD NEW; precision: scorers"
+        "names",
+        nargs="*",
+        help="show: a table; sql: a query; score-diff: SCORER OLD NEW; precision: scorers; pairs: a query; export: a folder",
     )
     parser.add_argument("--rows", type=int, default=10, help="rows to show")
     parser.add_argument("--config", help="TOML file; default: $POLYPHONY_CONFIG, else the small world")
@@ -59,8 +78,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="score nothing; say what is left and how long it would take"
     )
+    parser.add_argument(
+        "--policy", help="pairs, export: a pair policy, 'name' or 'name:option=value'; " + ", ".join(curation.POLICIES)
+    )
+    parser.add_argument("--splits", default=",".join(schemas.SPLITS), help="export: splits, joined by commas")
+    parser.add_argument("--where", help="pairs: SQL condition on columns of preferences")
+    parser.add_argument("--order-by", help="pairs: SQL expression, '... DESC' for largest first")
+    parser.add_argument("--limit", type=int, default=200, help="pairs: pairs shown on a page at most")
+    parser.add_argument("--blur", type=float, default=0.0, help="pairs: blur pictures, percent of their longer side")
+    parser.add_argument("--out", help="pairs: file of the page; default: pairs/<query>.html in the store")
     options = parser.parse_args(arguments)
-    if options.names and options.what not in ("show", "sql", "score-diff", "precision"):
+    if options.names and options.what not in NAMED:
         parser.error(f"{options.what} takes no names, found {options.names}")
     if options.dry_run and options.what != "score":
         parser.error(f"--dry-run belongs to score, found {options.what}")
@@ -79,6 +107,15 @@ def main(arguments: list[str] | None = None) -> int:
 
         say(precision.main_text(store, config, options.names, options.device or "", progress=say))
         return 0
+    if options.what == "card":
+        path = label_card.build(store)
+        say(store.read_text("label_card.md"))
+        say(f"card: {path}")
+        return 0
+    if options.what == "pairs":
+        return _pairs(store, options)
+    if options.what == "export":
+        return _export(store, options)
     wanted = ORDER if options.what == "run" else (options.what,)
     if "world" in wanted and config.world is not None:
         written = raw.write_world(config.world_folder, config.world)
@@ -95,6 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
         labels = steps.Labels(store, config, keys)
         for name in steps.LABEL_TABLES:
             _tell(name, getattr(labels, name)())
+        say(f"label card: {label_card.build(store)}")
     views = store.write_views()
     say(f"tables: {store.location}; DuckDB views: {views}")
     if failed:
@@ -166,6 +204,63 @@ def _chosen(config: configuration.Config, names: str | None) -> list[configurati
     if unknown := [n for n in wanted if n not in known] or (["nothing"] if not wanted else []):
         raise configuration.ConfigError(f"--scorers: found {unknown}; the configuration has {sorted(known)}")
     return [known[n] for n in wanted]
+
+
+def _policy(text: str | None) -> curation.Policy | None:
+    return None if text is None else curation.parse(text)
+
+
+def _pairs(store: Store, options: argparse.Namespace) -> int:
+    keys, policy = catalogue.shard_keys(store), _policy(options.policy)
+    if len(options.names) > 1:
+        raise StoreError(f"pairs: expected one query of {sorted(pairs_page.QUERIES)}, found {options.names}")
+    if not (options.names or options.where or options.order_by or options.out):
+        for name, path in pairs_page.write_all(store, keys, options.limit, policy=policy, blur=options.blur).items():
+            say(f"{name}: {path}")
+        return 0
+    query = options.names[0] if options.names else "random"
+    page = pairs_page.page(
+        store,
+        keys,
+        query=query,
+        where=options.where,
+        order_by=options.order_by,
+        policy=policy,
+        limit=options.limit,
+        blur=options.blur,
+    )
+    if options.out:
+        file = Path(options.out)
+        staged = file.with_name(f".{file.name}.staged")
+        staged.write_text(page, encoding="utf-8")
+        staged.replace(file)
+        say(f"page: {file}")
+        return 0
+    name = f"pairs/{query}.html" if options.where is None and options.order_by is None else "pairs/query.html"
+    store.publish(name, page.encode())
+    say(f"page: {store.path(name)}")
+    return 0
+
+
+def _export(store: Store, options: argparse.Namespace) -> int:
+    if len(options.names) != 1 or options.policy is None:
+        raise StoreError(
+            f"export: expected FOLDER and --policy (of {sorted(curation.POLICIES)}), found {options.names} and "
+            f"{options.policy!r}"
+        )
+    policy = curation.parse(options.policy)
+    splits = [s.strip() for s in options.splits.split(",") if s.strip()]
+    done = exports.export(
+        store,
+        policy,
+        Path(options.names[0]),
+        shard_keys=catalogue.shard_keys(store),
+        splits=splits,
+        card=label_card.card(store, [policy]),
+        progress=say,
+    )
+    say(done.text())
+    return 0
 
 
 def _score_diff(store: Store, names: list[str]) -> int:

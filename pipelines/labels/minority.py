@@ -8,7 +8,8 @@ Adaptive-DPO's metric with reward models as annotators (Zhang et al. 2025, arXiv
     u   = c * v
     minority_score = 1 - p(recorded label)      under the cross-fitted ensemble
 
-What a store with several raters per pair teaches beyond that, cross-fitted by prompt:
+What a store with several raters per pair teaches beyond that, cross-fitted by prompt (a prompt that teaches nothing is judged
+by what all others teach):
 
     minority_probability = sigmoid(w . (g, |g|, r, 1))      g = ensemble logit signed towards the vote
     r = sum over the annotator's votes on other prompts of (agree - max(p, 1 - p)) / (n + PRIOR_VOTES)
@@ -218,7 +219,9 @@ def _learned(
     doubt = PROMPTS_OF_DOUBT / cal.prompts_in_fits(prompt_id, weight)
     penalty = cal.RIDGE * np.eye(4) + doubt[:, None, None] * np.diag([0.0, 1.0, 1.0, 0.0])
     weights = cal.fit_cross(np.where(has_all[:, None], x, 0.0) / scale, y, weight, folds, penalty) / scale
-    probability = cal.sigmoid((x * weights[folds]).sum(1))
+    # A prompt without a target is in no fit, so that all targets may judge it.
+    is_fitted = prompt_id.is_in(prompt_id.filter(pl.Series(weight > 0)).unique().implode()).to_numpy()
+    probability = cal.sigmoid((x * weights[np.where(is_fitted, folds, cal.ALL)]).sum(1))
     people = float(weight.sum())
     lesson = Lesson(
         tuple(sorted(source.filter(pl.Series(is_target)).unique())),

@@ -1,9 +1,10 @@
 import re
 
+import polars as pl
 import pytest
 
 from pipelines import __main__ as command
-from pipelines import schemas
+from pipelines import curation, schemas
 from pipelines.errors import run_command
 from pipelines.tables import Store
 
@@ -109,3 +110,88 @@ def test_the_manifest_of_an_ingested_shard_names_its_file(configured, world_copy
     for key, file in files.items():
         rows = store.read(schemas.VOTES, key)["source_row"]
         assert rows.str.contains(rf"^{re.escape(file)}:\d+$").all()
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory, tiny_world, tiny_clip):
+    """A TOML file over the tiny world, labelled by the command, and its store."""
+    home = tmp_path_factory.mktemp("labelled")
+    file = home / "polyphony.toml"
+    sources = "".join(
+        f'[[sources]]\nname = "{name}"\nlocation = "{tiny_world / folder}"\n'
+        for name, folder in (("pickapic", "pickapic"), ("hpd", "hpdv2"))
+    )
+    scorers = "".join(
+        f'[[scorers]]\nname = "{kind}"\nkind = "{kind}"\ncheckpoint = "{tiny_clip}"\n' for kind in ("pickscore", "clip")
+    )
+    backbone = f'[[backbones]]\nname = "tiny"\nfamily = "tiny"\ncheckpoint = "{home}"\nresolution = 32\n'
+    file.write_text(f'home = "{home}"\n{sources}{scorers}{backbone}')
+    assert run("run", "--config", file) == 0
+    return file, Store(str(home / "store"))
+
+
+def test_the_card_counts_what_the_tables_hold(labelled, capsys):
+    file, store = labelled
+    assert run("card", "--config", file) == 0
+    card = capsys.readouterr().out
+    assert store.read_text("label_card.md") in card
+    pairs = store.read(schemas.PREFERENCES)
+    votes = store.read(schemas.MINORITY)
+    assert f"{len(pairs):,} pairs of {pairs['prompt_id'].n_unique():,} prompts" in card
+    assert f"| all | {votes['people'].sum():,} |" in card
+    assert "fitted where several people voted (hpd)" in card
+
+
+def test_pages_show_pairs_of_the_real_labels(labelled, tmp_path, capsys):
+    file, store = labelled
+    assert run("pairs", "--config", file, "--limit", "5") == 0
+    assert "index: " in capsys.readouterr().out
+    page = store.read_text("pairs/highest_minority.html")
+    best = (
+        store.read(schemas.PREFERENCES)
+        .filter(pl.col("human_label_0") != 0.5)
+        .with_columns(value=pl.coalesce("minority_probability", "minority_score"))
+        .sort("value", "pair_id", descending=[True, False])
+    )
+    places = [page.find(pair_id[:12]) for pair_id in best["pair_id"][:5]]
+    assert -1 not in places
+    assert places == sorted(places)
+    out = tmp_path / "mine.html"
+    assert run("pairs", "--config", file, "--where", "n_votes >= 3", "--policy", "human", "--out", out) == 0
+    several = store.read(schemas.PREFERENCES).filter(pl.col("n_votes") >= 3)
+    assert f"{len(several):,} pairs match" in out.read_text()
+
+
+def test_an_export_has_exactly_the_pairs_and_labels_of_the_policy(labelled, tmp_path, capsys):
+    file, store = labelled
+    text = "without_minority:threshold=0.4"
+    assert run("export", tmp_path / "curated", "--config", file, "--policy", text, "--splits", "train") == 0
+    assert "not exported" in capsys.readouterr().out
+    decided = curation.parse(text).apply(store.scan(schemas.PREFERENCES).filter(pl.col("split") == "train")).collect()
+    kept = decided.filter(pl.col("target_label_0").is_not_null())
+    rows = pl.read_parquet(str(tmp_path / "curated" / "data" / "train-*.parquet"))
+    ids = ["image_0_id", "image_1_id", "target_label_0"]
+    found = rows.select("image_0_uid", "image_1_uid", "label_0").sort(pl.all()).rows()
+    assert found == kept.select(ids).sort(pl.all()).rows()
+    assert 0 < len(kept) < len(decided)
+    labels = pl.read_parquet(tmp_path / "curated" / "labels.parquet")
+    assert len(labels) == len(decided)
+    assert "Label card" in (tmp_path / "curated" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("export", "folder"), "expected FOLDER and --policy"),
+        (("export", "folder", "--policy", "humans"), "expected one of .*'human'"),
+        (("export", "folder", "--policy", "human", "--splits", "dev"), "splits: expected some of"),
+        (("pairs", "nonsense"), "highest_minority"),
+        (("pairs", "--where", "n_votes >"), "where"),
+    ],
+)
+def test_a_wrong_request_says_what_is_expected(labelled, tmp_path, capsys, arguments, said):
+    file, _ = labelled
+    arguments = [str(tmp_path / a) if a == "folder" else a for a in arguments]
+    assert run(*arguments, "--config", file) == 2
+    assert re.search(said, capsys.readouterr().err)
+    assert not (tmp_path / "folder").exists()
