@@ -70,6 +70,8 @@ bench: setup  ## benchmarks: each prints what it measured, on which machine, aga
 	$(OFFLINE) $(BIN)/python -m benchmarks.scoring plane
 	$(OFFLINE) $(BIN)/python -m benchmarks.ingest
 	$(OFFLINE) $(BIN)/python -m benchmarks.catalogue
+	$(OFFLINE) $(BIN)/python -m benchmarks.labels
+	$(OFFLINE) $(BIN)/python -m benchmarks.labels --pairs 1000000
 
 bench-gpu: setup  ## scoring speed in bf16 and the share of the card's matrix rate
 	$(OFFLINE) $(BIN)/python -m benchmarks.scoring gpu
