@@ -244,7 +244,9 @@ def _turned(flip: pl.Expr) -> dict[str, pl.Expr]:
 def _resolved(store: Store, votes: pl.LazyFrame) -> pl.LazyFrame:
     """Return these votes with their columns as they stand over all shards."""
     columns = votes.collect_schema().names()
-    frame = votes.join(store.scan(schemas.CATALOGUE_VOTES), on="vote_id", how="left", suffix="_now")
+    frame = votes.join(
+        store.scan(schemas.CATALOGUE_VOTES), on="vote_id", how="left", suffix="_now", maintain_order="left"
+    )
     is_changed, flip = pl.col("status_now").is_not_null(), pl.col("is_flipped").fill_null(False)
     return frame.with_columns(
         *(pl.when(is_changed).then(f"{c}_now").otherwise(c).alias(c) for c in (*_KEYS, "status", "reason")),

@@ -46,7 +46,9 @@ def consensus(table: pl.DataFrame) -> bytes:
         rows = table.filter(pl.col("aggregation") == way, pl.col("accuracy").is_not_null())
         at = [levels.index(v) + 0.18 * (i - 1.5) for v in rows["level"]]
         centre, low, high = (rows[c].to_numpy() for c in ("accuracy", "accuracy_low", "accuracy_high"))
-        axis.errorbar(at, 100 * centre, yerr=100 * np.abs([centre - low, high - centre]), fmt="o", ms=3, lw=1, label=way)
+        axis.errorbar(
+            at, 100 * centre, yerr=100 * np.abs([centre - low, high - centre]), fmt="o", ms=3, lw=1, label=way
+        )
     axis.axhline(50, color="0.7", linewidth=0.8)
     axis.set_xticks(range(len(levels)), levels, fontsize=7)
     axis.set_ylabel("% of decided human votes", fontsize=7)

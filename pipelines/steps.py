@@ -70,11 +70,10 @@ class Labels:
         columns = ("vote_id", "pair_id", "annotator_id", "label_0", "was_swapped", "source", "model_0", "model_1")
         votes = catalogue.resolved_votes(self.store, self.shard_keys).filter(pl.col("pair_id").is_not_null())
         names = pl.col("source", "model_0", "model_1").cast(pl.Categorical)
-        return (
-            votes.select(*columns, people=catalogue.PEOPLE, counts=pl.col("status") == "ok")
-            .with_columns(names)
-            .collect()
-        )
+        votes = votes.select(*columns, people=catalogue.PEOPLE, counts=pl.col("status") == "ok").with_columns(names)
+        found = votes.collect()
+        # The pairs are those of margins, in its order.
+        return found.with_columns(row=pl.Series(mar.rows_of(self._pairs, found["pair_id"])))
 
     @cached_property
     def _votes(self) -> pl.DataFrame:
@@ -124,6 +123,21 @@ class Labels:
         if not len(named):
             return named
         return named.group_by("pair_id").agg(pl.col("model_0", "model_1").cast(pl.String).min())
+
+    def _read(self, table: schemas.Table, *columns: str) -> pl.DataFrame:
+        """Return some columns of a label table."""
+        self.store.require(table.name)
+        return self.store.scan(table, partitions=["all"]).select(columns).collect()
+
+    def _of_preferences(self, table: schemas.Table) -> pl.DataFrame:
+        """Return the columns that preferences takes over."""
+        return self._read(table, *(c for c in table.polars_schema if c in schemas.PREFERENCES.polars_schema))
+
+    def _images(self) -> pl.DataFrame:
+        """Return image_id, status, reason of every image that is not ok in some shard."""
+        images = self.store.scan(schemas.IMAGES, partitions=self.shard_keys).select("image_id", "status", "reason")
+        bad = images.filter(pl.col("status") != "ok").collect()
+        return images.filter(pl.col("image_id").is_in(bad["image_id"].unique().implode())).collect()
 
     # --- the steps ---------------------------------------------------------------------------------------------
 
@@ -256,16 +270,14 @@ class Labels:
                 pairs=self._pairs,
                 prompts=self.store.read(schemas.CATALOGUE_PROMPTS).select("prompt_id", "prompt", "split"),
                 votes=self._votes,
-                sources=self._all_votes.select("pair_id", "source"),
+                sources=self._all_votes.select("row", "source"),
                 margins=self._margins,
                 metrics=self._metrics,
-                minority=self.store.read(schemas.MINORITY),
-                consensus=self.store.read(schemas.CONSENSUS),
-                smoothed=self.store.read(schemas.SMOOTHED),
+                minority=self._read(schemas.MINORITY, "pair_id", "label_0", "people", "minority_probability"),
+                consensus=self._of_preferences(schemas.CONSENSUS),
+                smoothed=self._of_preferences(schemas.SMOOTHED),
                 problems=scores.filter(pl.col("status") != "ok").drop("score").collect(),
-                images=self.store.scan(schemas.IMAGES, partitions=self.shard_keys)
-                .select("image_id", "status", "reason")
-                .collect(),
+                images=self._images(),
                 scorers=self.scorers,
             )
 

@@ -500,7 +500,9 @@ def _writer(sink: pa.NativeFile, schema: pa.Schema) -> pq.ParquetWriter:
     # Encoded images and tensors are all different: a dictionary or the smallest of them helps nobody.
     plain = [f.name for f in schema if not pa.types.is_large_binary(f.type)]
     codecs = {f.name: "zstd" if f.name in plain else "none" for f in schema}
-    return pq.ParquetWriter(sink, schema, compression=codecs, use_dictionary=plain, write_statistics=plain)
+    # Numbers are nearly all different too: a dictionary of them is built for nothing.
+    texts = [f.name for f in schema if pa.types.is_large_string(f.type) or pa.types.is_string(f.type)]
+    return pq.ParquetWriter(sink, schema, compression=codecs, use_dictionary=texts, write_statistics=plain)
 
 
 class _HashedFile:

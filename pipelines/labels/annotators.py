@@ -49,7 +49,7 @@ def annotators(votes: pl.DataFrame, margins: pl.DataFrame, minority: pl.DataFram
 
     at, people, label = numbers(votes), votes["people"].to_numpy().astype(float), votes["label_0"].to_numpy()
     prompts = mar.codes(margins["prompt_id"])
-    prompt = prompts[mar.rows_of(margins, votes["pair_id"])]
+    prompt = prompts[mar.vote_rows(margins, votes)]
     seen = np.unique(at * (prompts.max(initial=0) + 1) + prompt) // (prompts.max(initial=0) + 1)
     placed, first = _placed(votes)
     placed_n, first_n = total(at, placed), total(at, first)
@@ -184,7 +184,7 @@ def rater_agreement(votes: pl.DataFrame, margins: pl.DataFrame) -> pl.DataFrame:
     votes: pair_id, annotator_id, label_0, people, was_swapped, source of the counted votes.
     """
     prompts = mar.codes(margins["prompt_id"])
-    row = mar.rows_of(margins, votes["pair_id"])
+    row = mar.vote_rows(margins, votes)
     groups = [(s, (votes["source"] == s).to_numpy()) for s in votes["source"].unique().sort()]
     groups.append((ALL, np.ones(len(votes), bool)))
     return pl.DataFrame(

@@ -88,7 +88,19 @@ def folds(frame: pl.DataFrame) -> np.ndarray:
 
 def codes(values: pl.Series) -> np.ndarray:
     """Return a number 0 .. M-1 per distinct value, int64 [N]: what np.bincount groups by. Null is a value of its own."""
-    return values.rank("dense").fill_null(0).to_numpy().astype(np.int64) - (0 if values.null_count() else 1)
+    # Ranking sorts every row; sorting the distinct ones is enough.
+    distinct = values.unique().sort().to_frame("value").with_row_index("code")
+    found = values.to_frame("value").join(distinct, on="value", how="left", nulls_equal=True, maintain_order="left")
+    return found["code"].to_numpy().astype(np.int64)
+
+
+def vote_rows(margins: pl.DataFrame, votes: pl.DataFrame) -> np.ndarray:
+    """Return the row of `margins` of every vote, int64 [N]: its column `row` where somebody has looked already.
+
+    Raises:
+        ValueError: see rows_of.
+    """
+    return votes["row"].to_numpy() if "row" in votes.columns else rows_of(margins, votes["pair_id"])
 
 
 def rows_of(margins: pl.DataFrame, pair_id: pl.Series) -> np.ndarray:

@@ -140,7 +140,7 @@ def minority(
         em: fill em_probability.
     """
     votes = votes.filter(pl.col("label_0") != 0.5)
-    row = mar.rows_of(margins, votes["pair_id"])
+    row = mar.vote_rows(margins, votes)
     order = np.argsort(row, kind="stable")
     votes, row = votes[order], row[order]
     those = rated(votes, row)

@@ -106,15 +106,17 @@ def _on_side(margins: pl.DataFrame, minority: pl.DataFrame, side: np.ndarray) ->
 
 def _joined_sources(margins: pl.DataFrame, sources: pl.DataFrame) -> pl.Series:
     """Return per pair the names of the sources that hold votes on it, sorted and joined by '+'."""
-    rows = mar.rows_of(margins, sources["pair_id"])
+    rows = mar.vote_rows(margins, sources)
     names = sorted(sources["source"].unique())
-    holds = np.zeros((len(margins), len(names)), bool)
+    held = np.zeros(len(margins), np.int64)
     for i, name in enumerate(names):
-        holds[rows[(sources["source"] == name).to_numpy()], i] = True
-    kinds, which = (
-        np.unique(holds, axis=0, return_inverse=True) if len(names) > 1 else (holds[:1], np.zeros(len(margins), int))
+        at = np.zeros(len(margins), bool)
+        at[rows[(sources["source"] == name).to_numpy()]] = True
+        held += at.astype(np.int64) << i
+    kinds, which = np.unique(held, return_inverse=True)
+    texts = pl.Series(
+        ["+".join(n for i, n in enumerate(names) if kind >> i & 1) for kind in kinds.tolist()], dtype=pl.String
     )
-    texts = pl.Series(["+".join(n for n, h in zip(names, kind, strict=True) if h) for kind in kinds], dtype=pl.String)
     return texts.gather(which.reshape(-1))
 
 
