@@ -84,8 +84,10 @@ def _label(name: str, config: Config) -> dg.AssetsDefinition:
         if name in _PLOTS:
             title, plot = _PLOTS[name]
             facts["plot"] = meta.picture(plot(store.read(schemas.TABLES[name])), title)
-        if note := built.manifest.extra.get("calibration_note"):
+        learned = built.manifest.extra
+        if note := learned.get("calibration_note"):
             facts["calibration"] = dg.MetadataValue.text(str(note))
+            facts |= meta.numbers({f"lesson_{k}": learned[k] for k in ("targets", "share", "ece", "share_clamped")})
         return dg.MaterializeResult(metadata=facts)
 
     return label
@@ -104,9 +106,8 @@ def pair_pages(context: dg.AssetExecutionContext, polyphony: Polyphony) -> dg.Ma
 def card(polyphony: Polyphony) -> dg.MaterializeResult:
     """One page: who voted, agreement, the share of minority votes, what each pair policy drops and whose votes."""
     store = polyphony.store
-    text = label_card.build(store)
-    path = dg.MetadataValue.path(store.path("label_card.md"))
-    return dg.MaterializeResult(metadata={"card": dg.MetadataValue.md(text), "file": path})
+    path = dg.MetadataValue.path(label_card.build(store))
+    return dg.MaterializeResult(metadata={"card": dg.MetadataValue.md(store.read_text(label_card.FILE)), "file": path})
 
 
 def _facts(name: str, frame: pl.LazyFrame) -> dict[str, float | None]:

@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.what == "card":
         path = label_card.build(store)
-        say(store.read_text("label_card.md"))
+        say(store.read_text(label_card.FILE))
         say(f"card: {path}")
         return 0
     if options.what == "pairs":
