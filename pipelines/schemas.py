@@ -791,7 +791,7 @@ PREFERENCES = Table(
         Column(
             "minority_share",
             pl.Float64,
-            "share of decided votes on the smaller side; null below 3 votes",
+            "share of decided votes on the smaller side; null below 3 decided votes",
             nullable=True,
             **_PROBABILITY,
         ),

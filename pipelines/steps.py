@@ -81,7 +81,9 @@ class Labels:
 
     @cached_property
     def _margins(self) -> pl.DataFrame:
-        return self.store.read(schemas.MARGINS)
+        """The margins, with the ids of the pairs that they were made from: the same texts lie in memory once."""
+        columns = [c for c in schemas.MARGINS.of(self.scorers).polars_schema if c not in ("pair_id", "prompt_id")]
+        return self._pairs.select("pair_id", "prompt_id").hstack(self._read(schemas.MARGINS, *columns))
 
     @cached_property
     def _calibration(self) -> pl.DataFrame:

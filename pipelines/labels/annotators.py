@@ -1,7 +1,8 @@
 """Annotators: how reliable people are, whether the place of a picture sways them, how far raters agree.
 
     reliability   (k + a) / (n + a + b), k of n decided votes with the majority of the pair's other raters, divided by the
-                  design effect of votes on one prompt; Beta(a, b) over annotators by maximum likelihood (empirical Bayes)
+                  design effect of a person's votes on one prompt; Beta(a, b) over annotators by maximum likelihood
+                  (empirical Bayes)
     first_share   share of decided votes for the image displayed first
     alpha         Krippendorff's, nominal: 1 - D_o / D_e, over pairs with two votes or more (Krippendorff 2011)
         D_o = 1/n sum_pairs sum_{c != k} n_pc n_pk / (m_p - 1)          D_e = sum_{c != k} n_c n_k / (n (n - 1))
@@ -64,7 +65,7 @@ def annotators(votes: pl.DataFrame, margins: pl.DataFrame, minority: pl.DataFram
     compared, agreeing = decided * is_compared, decided * (is_compared & (against < 0.5))
     its_prompt = prompts[mar.rows_of(margins, minority["pair_id"])]
     sitting = np.unique(its * (prompts.max(initial=0) + 1) + its_prompt, return_inverse=True)[1]
-    effect = design_effect(agreeing, compared, sitting)
+    effect = design_effect(agreeing, compared, sitting, its)
     n, k = total(its, compared), total(its, agreeing)
     mean, low, high = _reliability(k / effect, n / effect)
     with np.errstate(divide="ignore", invalid="ignore"):

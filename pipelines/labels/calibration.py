@@ -87,7 +87,7 @@ class _Rows:
         for _ in range(100):
             step = np.linalg.solve(hessian, gradient)
             # Newton's error is squared by every step: behind a step so small nothing is left to gain.
-            if np.abs(step).max() < 1e-7 * max(1.0, np.abs(w).max()):
+            if np.abs(step).max() < 1e-5 * max(1.0, np.abs(w).max()):
                 return w - step
             # Margins with heavy tails make a full step overshoot; a shorter one always lowers the gradient.
             while True:
@@ -142,6 +142,8 @@ def fit_cross(
         if rows.has_votes(f):
             # The fit on all rows is near.
             found[f] = rows.fit(penalties[f], f, found[ALL])
+    # What rounding leaves of zero: the sign of a logit is read, and an even one must be even.
+    found[np.abs(found) < 1e-9] = 0.0
     return found
 
 
@@ -233,15 +235,17 @@ def calibrate(
         weight = humans.votes * known[:, k]
         return fit_cross(z[:, [k]], humans.label, weight, folds, RIDGE * np.eye(1))[:, 0] / rms[k]
 
-    with ThreadPoolExecutor(2) as pool:
-        slopes = list(pool.map(one, range(len(scorers))))
     x, weight = np.concatenate([z, generators], 1), humans.votes * is_complete
     prompts = prompts_in_fits(margins["prompt_id"], weight)
     penalty = np.zeros((FOLDS + 1, x.shape[1], x.shape[1])) + RIDGE * np.eye(x.shape[1])
     penalty[:, : len(scorers), : len(scorers)] += equality(len(scorers), prompts)
     # What one generator adds is known up to what all add; that is drawn to zero.
     penalty[:, len(scorers) :, len(scorers) :] += (GENERATOR_PROMPTS / prompts)[:, None, None] * np.eye(len(names))
-    weights = fit_cross(x, humans.label, weight, folds, penalty)
+    with ThreadPoolExecutor(2) as pool:
+        # The longest first.
+        ensemble = pool.submit(fit_cross, x, humans.label, weight, folds, penalty)
+        slopes = list(pool.map(one, range(len(scorers))))
+    weights = ensemble.result()
 
     ranges = {s: _range(margins, s) for s in scorers}
     true_rms = np.where(np.where(known, d, 0.0).any(0), rms, 0.0)
@@ -329,8 +333,8 @@ def _curves(
     stages += [(s, "calibrated", logits[:, k]) for k, s in enumerate(scorers)]
     stages.append((ENSEMBLE, "raw", (d / mar.rms(d)).mean(1)))
     stages.append((ENSEMBLE, "calibrated", ensemble_logit(margins, calibration, scorers)))
-    frames = []
-    for scorer, stage, logit in stages:
+
+    def curve(scorer: str, stage: str, logit: np.ndarray) -> pl.DataFrame:
         rows = np.flatnonzero(~np.isnan(logit) & (humans.votes > 0))
         logit, votes, label = logit[rows], humans.votes[rows], humans.label[rows]
         p = sigmoid(np.abs(logit))
@@ -338,19 +342,17 @@ def _curves(
         chosen = np.where(logit > 0, label, np.where(logit < 0, 1 - label, 0.5))
         count, sum_p, sum_chosen = (np.bincount(bins, v, minlength=BINS) for v in (votes, votes * p, votes * chosen))
         at = np.flatnonzero(count)
-        frames.append(
-            pl.DataFrame(
-                {
-                    "bin": at,
-                    "votes": count[at],
-                    "probability": sum_p[at] / count[at],
-                    "agreement": np.clip(sum_chosen[at] / count[at], 0, 1),
-                }
-            )
-            .cast({"bin": pl.Int32, "votes": pl.Int64})
-            .select(pl.lit(scorer).alias("scorer"), pl.lit(stage).alias("stage"), pl.all())
-        )
-    return pl.concat(frames)
+        numbers = {
+            "bin": at,
+            "votes": count[at],
+            "probability": sum_p[at] / count[at],
+            "agreement": np.clip(sum_chosen[at] / count[at], 0, 1),
+        }
+        names = (pl.lit(scorer).alias("scorer"), pl.lit(stage).alias("stage"))
+        return pl.DataFrame(numbers).cast({"bin": pl.Int32, "votes": pl.Int64}).select(*names, pl.all())
+
+    with ThreadPoolExecutor(2) as pool:
+        return pl.concat(pool.map(curve, *zip(*stages, strict=True)))
 
 
 def ece(reliability: pl.DataFrame, scorer: str, stage: str) -> float | None:

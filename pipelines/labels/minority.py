@@ -238,7 +238,7 @@ def _learned(
 def _least(y: np.ndarray, weight: np.ndarray, rows: np.ndarray) -> tuple[float, bool]:
     """Return how many people teach in these rows, and whether some are for and some against."""
     total = float(weight[rows].sum())
-    return total, 0 < float(weight[rows] @ y[rows]) < total
+    return total, 0 < float((weight * y)[rows].sum()) < total
 
 
 def calibration_error(p: np.ndarray, y: np.ndarray, weight: np.ndarray) -> float:

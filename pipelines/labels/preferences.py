@@ -108,16 +108,17 @@ def _joined_sources(margins: pl.DataFrame, sources: pl.DataFrame) -> pl.Series:
     """Return per pair the names of the sources that hold votes on it, sorted and joined by '+'."""
     rows = mar.vote_rows(margins, sources)
     names = sorted(sources["source"].unique())
-    held = np.zeros(len(margins), np.int64)
-    for i, name in enumerate(names):
-        at = np.zeros(len(margins), bool)
-        at[rows[(sources["source"] == name).to_numpy()]] = True
-        held += at.astype(np.int64) << i
-    kinds, which = np.unique(held, return_inverse=True)
-    texts = pl.Series(
-        ["+".join(n for i, n in enumerate(names) if kind >> i & 1) for kind in kinds.tolist()], dtype=pl.String
+    holds = {}
+    for name in names:
+        holds[name] = np.zeros(len(margins), bool)
+        holds[name][rows[(sources["source"] == name).to_numpy()]] = True
+    named = [pl.when(pl.lit(pl.Series(held))).then(pl.lit(name)) for name, held in holds.items()]
+    # Where there is no source there is no pair.
+    return (
+        pl.select(pl.concat_str(named, separator="+", ignore_nulls=True)).to_series()
+        if named
+        else pl.Series([], dtype=pl.String)
     )
-    return texts.gather(which.reshape(-1))
 
 
 def _unusable(

@@ -8,6 +8,7 @@ mathematics (a module per kind), how a batch is run (`scorer`), several processe
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -161,9 +162,10 @@ def owned_pairs(store: Store, shard_keys: Sequence[str]) -> pl.LazyFrame:
 
 def _wanted(owned: pl.DataFrame, images_content: str) -> str:
     """Return the fingerprint of what a shard owns: a new shard elsewhere leaves it as it is."""
-    # One text: a list for each of a million rows would take longer than all label steps.
-    rows = owned.select(pl.concat_str("image_id", "prompt_id", separator=" ").str.join(",")).item()
-    return fingerprint(rows=rows, images=images_content)
+    # What `fingerprint(rows=owned.rows(), images=...)` is, ids being hexadecimal: a list for each of a million rows would
+    # take longer than all label steps, and another fingerprint would score everything again.
+    rows = owned.select(pl.format('["{}", "{}"]', "image_id", "prompt_id").str.join(", ")).item() or ""
+    return hashlib.sha256(f'{{"images": "{images_content}", "rows": [{rows}]}}'.encode()).hexdigest()[:16]
 
 
 def _mark(store: Store, scorer: ScorerConfig, wanted: str, revision: str) -> str:
@@ -210,11 +212,12 @@ def _incomplete(
 
     A scorer whose files are missing has no revision, ''.
     """
-    by_owner = {key: part for (key,), part in owned_pairs(store, shard_keys).collect().group_by("owner")}
+    # Sorted as the catalogue writes it; the prompts' texts are not needed here.
+    owned = store.scan(schemas.CATALOGUE_SCORABLES).filter(pl.col("owner").is_in(list(shard_keys))).collect()
+    by_owner = {key: part for (key,), part in owned.partition_by("owner", as_dict=True, maintain_order=True).items()}
     nothing = pl.DataFrame(schema={"image_id": pl.String, "prompt_id": pl.String})
-    # group_by does not promise an order within a group.
     wanted = {
-        m.partition: _wanted(by_owner.get(m.partition, nothing).sort("image_id", "prompt_id"), m.content)
+        m.partition: _wanted(by_owner.get(m.partition, nothing), m.content)
         for m in store.require_all("images", shard_keys)
     }
     found: dict[str, tuple[str, str | None]] = {}

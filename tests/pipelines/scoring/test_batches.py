@@ -339,8 +339,8 @@ def test_scores_in_preferences_are_those_of_the_active_revision(labelled):
     lookup = {(r["scorer"], r["image_id"], r["prompt_id"]): r["score"] for r in current.iter_rows(named=True)}
     for row in store.read(schemas.PREFERENCES).sample(20, seed=0).iter_rows(named=True):
         for side in (0, 1):
-            for scorer, value in json.loads(row[f"scores_{side}"]).items():
-                assert value == lookup[scorer, row[f"image_{side}_id"], row["prompt_id"]]
+            for scorer in ("pickscore", "clip"):
+                assert row[f"score_{side}_{scorer}"] == lookup[scorer, row[f"image_{side}_id"], row["prompt_id"]]
 
 
 def test_scoring_leaves_the_random_state_of_the_caller_alone(small, raw_rows, clip):
@@ -349,3 +349,10 @@ def test_scoring_leaves_the_random_state_of_the_caller_alone(small, raw_rows, cl
     before = torch.random.get_rng_state()
     batches.score_shard(store, key, [clip])
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_what_a_shard_owns_has_the_fingerprint_of_its_rows():
+    owned = pl.DataFrame({"image_id": ["0a" * 16, "ff" * 16], "prompt_id": ["1b" * 16, "00" * 16], "owner": "s"})
+    for frame in (owned, owned.head(1), owned.clear()):
+        rows = frame.select("image_id", "prompt_id").rows()
+        assert batches._wanted(frame, "c" * 64) == identity.fingerprint(rows=rows, images="c" * 64)
