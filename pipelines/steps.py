@@ -91,7 +91,10 @@ class Labels:
 
     @cached_property
     def _metrics(self) -> pl.DataFrame:
-        return mino.pair_metrics(self._margins, self._calibration, self.scorers)
+        return pl.concat(mino.pair_metrics(m, self._calibration, self.scorers) for m in self._pieces())
+
+    def _pieces(self) -> Iterator[pl.DataFrame]:
+        return (self._margins.slice(start, mar.ROWS) for start in mar.starts(len(self._margins)))
 
     def _scores(self) -> pl.DataFrame:
         """Return image_id, prompt_id and a column of scores per scorer, null where it has none."""
@@ -191,9 +194,17 @@ class Labels:
             "human_votes": labels.human_votes,
             "seed": labels.seed,
         }
+
+        def make() -> Iterator[pl.DataFrame]:
+            rms = mar.rms(mar.matrix(self._margins, self.scorers))
+            human = self._pairs["human_label_0"]
+            for start, piece in zip(mar.starts(len(human)), self._pieces(), strict=True):
+                of_piece = human.slice(start, mar.ROWS)
+                yield con.consensus(piece, of_piece, self.scorers, **options, rms=rms)  # type: ignore[arg-type]
+
         return self.store.build(
             schemas.CONSENSUS,
-            lambda: con.consensus(self._margins, self._pairs["human_label_0"], self.scorers, **options),  # type: ignore[arg-type]
+            make,
             inputs=self._inputs("margins"),
             code_version=CODE_VERSION,
             parameters={"scorers": self.scorers, **options},

@@ -100,6 +100,8 @@ class _Rows:
 
 
 def _sorted_by_fold(x: np.ndarray, y: np.ndarray, weight: np.ndarray, folds: np.ndarray) -> _Rows:
+    if (folds[:-1] <= folds[1:]).all():
+        return _Rows(x, y, weight, np.searchsorted(folds, np.arange(FOLDS + 1)))
     used = np.flatnonzero(weight > 0)
     order = used[np.argsort(folds[used], kind="stable")]
     ends = np.concatenate([[0], np.cumsum(np.bincount(folds[used], minlength=FOLDS))])
@@ -192,18 +194,6 @@ def votes_per_pair(margins: pl.DataFrame, votes: pl.DataFrame) -> PairVotes:
     return PairVotes(n, mean(total(people * label), n), decided, mean(total(people * is_decided * label), decided))
 
 
-def tie_aware_accuracy(margin: np.ndarray, label: np.ndarray, weight: np.ndarray) -> float | None:
-    """Return the share of decided votes that the sign of the margin gets right; an even margin counts half.
-
-    label: mean of the votes of a row in [0, 1]; weight: number of decided votes.
-    """
-    total = weight.sum()
-    if total == 0:
-        return None
-    right = np.where(margin > 0, label, np.where(margin < 0, 1 - label, 0.5))
-    return float((weight * right).sum() / total)
-
-
 # --- the tables ------------------------------------------------------------------------------------------------------
 
 
@@ -230,20 +220,24 @@ def calibrate(
     is_complete = known.all(1)
     names, generators = _generators(margins) if generator_term else ([], np.zeros((len(margins), 0)))
 
-    def one(k: int) -> np.ndarray:
-        # Fitted on z and returned in the units of d, so that the ridge does not depend on a scorer's scale.
-        weight = humans.votes * known[:, k]
-        return fit_cross(z[:, [k]], humans.label, weight, folds, RIDGE * np.eye(1))[:, 0] / rms[k]
-
     x, weight = np.concatenate([z, generators], 1), humans.votes * is_complete
     prompts = prompts_in_fits(margins["prompt_id"], weight)
     penalty = np.zeros((FOLDS + 1, x.shape[1], x.shape[1])) + RIDGE * np.eye(x.shape[1])
     penalty[:, : len(scorers), : len(scorers)] += equality(len(scorers), prompts)
     # What one generator adds is known up to what all add; that is drawn to zero.
     penalty[:, len(scorers) :, len(scorers) :] += (GENERATOR_PROMPTS / prompts)[:, None, None] * np.eye(len(names))
+    # Sorted by fold once, for all fits.
+    by_fold = np.argsort(folds, kind="stable")
+    x, label, votes_of, at = x[by_fold], humans.label[by_fold], humans.votes[by_fold], folds[by_fold]
+    known, weight = known[by_fold], weight[by_fold]
+
+    def one(k: int) -> np.ndarray:
+        # Fitted on z and returned in the units of d, so that the ridge does not depend on a scorer's scale.
+        return fit_cross(x[:, [k]], label, votes_of * known[:, k], at, RIDGE * np.eye(1))[:, 0] / rms[k]
+
     with ThreadPoolExecutor(2) as pool:
         # The longest first.
-        ensemble = pool.submit(fit_cross, x, humans.label, weight, folds, penalty)
+        ensemble = pool.submit(fit_cross, x, label, weight, at, penalty)
         slopes = list(pool.map(one, range(len(scorers))))
     weights = ensemble.result()
 
@@ -262,7 +256,7 @@ def calibrate(
             for name, w in zip(names, weights[f, len(scorers) :], strict=True)
         ]
     table = pl.DataFrame(rows, schema=schemas.CALIBRATION.polars_schema)
-    return _judged(table, margins, humans, scorers)
+    return _judged(table, d, folds, ensemble_logit(margins, table, scorers), humans, scorers)
 
 
 def _range(margins: pl.DataFrame, scorer: str) -> tuple[float | None, float | None]:
@@ -285,14 +279,14 @@ def _generators(margins: pl.DataFrame) -> tuple[list[str], np.ndarray]:
     return names, sides[0].astype(float) - sides[1] if names else np.zeros((len(margins), 0))
 
 
-def _judged(table: pl.DataFrame, margins: pl.DataFrame, humans: PairVotes, scorers: Sequence[str]) -> pl.DataFrame:
+def _judged(
+    table: pl.DataFrame, d: np.ndarray, folds: np.ndarray, h: np.ndarray, humans: PairVotes, scorers: Sequence[str]
+) -> pl.DataFrame:
     """Return the table with accuracy and votes, by fold of the pairs left out, and calibration errors over all."""
-    folds = mar.folds(margins)
-    d = mar.matrix(margins, scorers)
     label = humans.decided_label
     facts: list[dict[str, object]] = []
-    curves = _curves(table, margins, humans, scorers)
-    for name, margin in [*zip(scorers, d.T, strict=True), (ENSEMBLE, ensemble_logit(margins, table, scorers))]:
+    curves = _curves(table, d, folds, h, humans, scorers)
+    for name, margin in [*zip(scorers, d.T, strict=True), (ENSEMBLE, h)]:
         weight = np.where(np.isnan(margin), 0.0, humans.decided)
         right = weight * np.where(margin > 0, label, np.where(margin < 0, 1 - label, 0.5))
         hits, votes = (np.bincount(folds, v, minlength=FOLDS) for v in (right, weight))
@@ -322,17 +316,23 @@ def reliability(
     The favoured image's probability max(p, 1 - p) falls into one of 10 equal bins of [0.5, 1], so that swapping the
     images changes nothing. raw is sigmoid(d), the softmax of two scores as published; the raw ensemble is sigmoid(mean z).
     """
-    return _curves(calibration, margins, votes_per_pair(margins, votes), scorers)
+    d, h = mar.matrix(margins, scorers), ensemble_logit(margins, calibration, scorers)
+    return _curves(calibration, d, mar.folds(margins), h, votes_per_pair(margins, votes), scorers)
 
 
 def _curves(
-    calibration: pl.DataFrame, margins: pl.DataFrame, humans: PairVotes, scorers: Sequence[str]
+    calibration: pl.DataFrame,
+    d: np.ndarray,
+    folds: np.ndarray,
+    h: np.ndarray,
+    humans: PairVotes,
+    scorers: Sequence[str],
 ) -> pl.DataFrame:
-    d, logits = mar.matrix(margins, scorers), scorer_logits(margins, calibration, scorers)
+    logits = d * _slopes(calibration, scorers)[folds]
     stages = [(s, "raw", d[:, k]) for k, s in enumerate(scorers)]
     stages += [(s, "calibrated", logits[:, k]) for k, s in enumerate(scorers)]
     stages.append((ENSEMBLE, "raw", (d / mar.rms(d)).mean(1)))
-    stages.append((ENSEMBLE, "calibrated", ensemble_logit(margins, calibration, scorers)))
+    stages.append((ENSEMBLE, "calibrated", h))
 
     def curve(scorer: str, stage: str, logit: np.ndarray) -> pl.DataFrame:
         rows = np.flatnonzero(~np.isnan(logit) & (humans.votes > 0))
@@ -370,16 +370,25 @@ def by_fold(calibration: pl.DataFrame, scorer: str, column: str) -> np.ndarray:
     return calibration.filter(pl.col("scorer") == scorer, pl.col("fold") != ALL).sort("fold")[column].to_numpy()
 
 
+def rms_of(calibration: pl.DataFrame, scorers: Sequence[str]) -> np.ndarray:
+    """Return rms(d) over the pairs that were calibrated on, [K]; 1 where every d was 0 or unknown."""
+    rms = np.array([by_fold(calibration, s, "rms")[0] for s in scorers], float)
+    return np.where(rms > 0, rms, 1.0)
+
+
 def scorer_logits(margins: pl.DataFrame, calibration: pl.DataFrame, scorers: Sequence[str]) -> np.ndarray:
     """Return a_k d_k with the slope of the prompt's fold, [N, K]; NaN where a score is missing."""
-    slopes = np.stack([by_fold(calibration, s, "slope") for s in scorers], 1)
-    return mar.matrix(margins, scorers) * slopes[mar.folds(margins)]
+    return mar.matrix(margins, scorers) * _slopes(calibration, scorers)[mar.folds(margins)]
+
+
+def _slopes(calibration: pl.DataFrame, scorers: Sequence[str]) -> np.ndarray:
+    return np.stack([by_fold(calibration, s, "slope") for s in scorers], 1)
 
 
 def ensemble_logit(margins: pl.DataFrame, calibration: pl.DataFrame, scorers: Sequence[str]) -> np.ndarray:
     """Return h with the weights of the prompt's fold, [N]; NaN where a scorer has no score."""
     d, folds = mar.matrix(margins, scorers), mar.folds(margins)
-    weights = np.stack([by_fold(calibration, s, "weight") for s in scorers], 1) / mar.rms(d)
+    weights = np.stack([by_fold(calibration, s, "weight") for s in scorers], 1) / rms_of(calibration, scorers)
     h = (d * weights[folds]).sum(1)
     names = [s for s in calibration["scorer"].unique().sort() if s.startswith(GENERATOR)]
     if names:

@@ -39,6 +39,7 @@ def consensus(
     *,
     human_votes: bool = False,
     seed: int = 0,
+    rms: np.ndarray | None = None,
 ) -> pl.DataFrame:
     """Return the consensus table, aligned with `margins`.
 
@@ -46,6 +47,7 @@ def consensus(
         human_label_0: mean human label of every row of `margins`; null where nobody voted.
         human_votes: the humans' majority is one voter more (an even one votes 0).
         seed: of the draw of random_scorer.
+        rms: margins.rms over all pairs, [K], where `margins` is a piece of them.
 
     Raises:
         ValueError: the tie policy, or the scorer of policy 'tie_breaker', is unknown.
@@ -85,7 +87,7 @@ def consensus(
             "decided_by": pl.Series(["majority", tie_policy, "none"], dtype=pl.String).gather(by),
             "random_scorer_label_0": _label(drawn),
             "raw_sum_label_0": _label(d[:, by_name].sum(1)),
-            "zscore_sum_label_0": _label((d / mar.rms(d))[:, by_name].sum(1)),
+            "zscore_sum_label_0": _label((d / (mar.rms(d) if rms is None else rms))[:, by_name].sum(1)),
         }
     )
 

@@ -16,6 +16,8 @@ import polars as pl
 from pipelines import schemas
 
 FOLDS = 5
+ROWS = 200_000
+"""Rows of a piece: what several columns of numbers of them take stays small, and is used again for the next."""
 
 
 def margins(pairs: pl.DataFrame, scores: pl.DataFrame, models: pl.DataFrame, scorers: Sequence[str]) -> pl.DataFrame:
@@ -53,6 +55,11 @@ def margins(pairs: pl.DataFrame, scores: pl.DataFrame, models: pl.DataFrame, sco
 
 def _key(image: str) -> pl.Expr:
     return pl.col(image).hash(1) ^ pl.col("prompt_id").hash(2)
+
+
+def starts(rows: int) -> range:
+    """Return where pieces of ROWS rows begin; of no rows there is one piece."""
+    return range(0, max(1, rows), ROWS)
 
 
 def difference(scorer: str) -> pl.Expr:

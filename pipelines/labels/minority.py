@@ -77,7 +77,7 @@ def pair_metrics(margins: pl.DataFrame, calibration: pl.DataFrame, scorers: Sequ
 
     confidence_i is c of a vote for image_i; v is the same for both.
     """
-    z = RHO * mar.matrix(margins, scorers) / mar.rms(mar.matrix(margins, scorers))
+    z = RHO * mar.matrix(margins, scorers) / cal.rms_of(calibration, scorers)
     against_0 = 1 - cal.sigmoid(z).mean(1)
     numbers = {
         "logit": cal.ensemble_logit(margins, calibration, scorers),

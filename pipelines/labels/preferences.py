@@ -13,9 +13,8 @@ import polars as pl
 from pipelines import schemas
 from pipelines.labels import margins as mar
 from pipelines.labels.calibration import sigmoid, votes_per_pair
+from pipelines.labels.minority import LEAST_VOTES
 
-ROWS = 200_000
-"""Rows that are put together at once, so that memory holds numbers for all pairs but texts for these alone."""
 _SAYS_NOTHING = ("ok", "not_imported", "unscorable")
 """What nobody has imported, or one scorer's code cannot take, says nothing about the picture."""
 
@@ -54,36 +53,24 @@ def preferences(
     with np.errstate(invalid="ignore"):
         side = np.where(human > 0.5, 1.0, np.where(human < 0.5, 0.0, np.nan))
     said = votes_per_pair(margins, votes)
-    smaller = np.minimum(said.decided_label, 1 - said.decided_label)
-    d = mar.matrix(margins, scorers)
-    is_with_side = np.where(side[:, None] == 1, d > 0, d < 0)
-    logit = metrics["logit"].fill_null(np.nan).to_numpy()
-    c = [metrics[f"confidence_{i}"].fill_null(np.nan).to_numpy() for i in (0, 1)]
-    stability = np.where(np.isnan(side), np.nan, metrics["stability"].fill_null(np.nan).to_numpy())
-    confidence = np.where(np.isnan(side), np.nan, np.where(side == 1, *c))
-    numbers = {
-        "minority_share": np.where(said.decided >= 3, smaller, np.nan),
-        "confidence": confidence,
-        "stability": stability,
-        "metric": confidence * stability,
-        "minority_score": sigmoid(np.where(side == 1, -logit, np.where(side == 0, logit, np.nan))),
-        "minority_probability": _on_side(margins, minority, side),
-    }
-    extra = pl.DataFrame(
+    smaller = np.where(said.decided >= LEAST_VOTES, np.minimum(said.decided_label, 1 - said.decided_label), np.nan)
+    of_pairs = pl.DataFrame(
         {
-            **{name: pl.Series(values).fill_nan(None) for name, values in numbers.items()},
-            "is_unanimous": pl.Series(is_with_side.all(1)),
-            "_has_all": pl.Series(~(np.isnan(d).any(1) | np.isnan(side))),
+            "minority_share": pl.Series(smaller).fill_nan(None),
+            "minority_probability": pl.Series(_on_side(margins, minority, side)).fill_nan(None),
             "sources": _joined_sources(margins, sources),
             "excluded_because": _unusable(pairs, margins, problems, images, scorers),
         }
-    ).with_columns(is_unanimous=pl.when("_has_all").then("is_unanimous"))
+    )
     columns = list(schemas.PREFERENCES.of(scorers).polars_schema)
-    for start in range(0, max(1, len(pairs)), ROWS):
-        piece = pairs.slice(start, ROWS).with_columns(is_in_cycle=pl.col("cycle").is_not_null())
-        parts = [piece, extra.slice(start, ROWS)]
-        parts += [
-            t.slice(start, ROWS).drop("pair_id", "prompt_id", strict=False) for t in (margins, smoothed, consensus)
+    for start in mar.starts(len(pairs)):
+        rows = slice(start, start + mar.ROWS)
+        scores = margins[rows]
+        parts = [
+            pairs[rows].with_columns(is_in_cycle=pl.col("cycle").is_not_null()),
+            of_pairs[rows],
+            _of_the_side(side[rows], mar.matrix(scores, scorers), metrics[rows]),
+            *(t.drop("pair_id", "prompt_id", strict=False) for t in (scores, smoothed[rows], consensus[rows])),
         ]
         # A prompt that the catalogue lacks breaks the rule that split is never null, instead of losing its pairs.
         yield (
@@ -91,6 +78,26 @@ def preferences(
             .join(prompts, on="prompt_id", how="left", maintain_order="left")
             .select(columns)
         )
+
+
+def _of_the_side(side: np.ndarray, d: np.ndarray, metrics: pl.DataFrame) -> pl.DataFrame:
+    """Return what the scorers say of the humans' side: c, v, u, minority_score, and whether all choose it."""
+    logit, stability, *c = (
+        metrics[m].fill_null(np.nan).to_numpy() for m in ("logit", "stability", "confidence_0", "confidence_1")
+    )
+    stability = np.where(np.isnan(side), np.nan, stability)
+    confidence = np.where(np.isnan(side), np.nan, np.where(side == 1, *c))
+    numbers = {
+        "confidence": confidence,
+        "stability": stability,
+        "metric": confidence * stability,
+        "minority_score": sigmoid(np.where(side == 1, -logit, np.where(side == 0, logit, np.nan))),
+    }
+    is_known = ~(np.isnan(d).any(1) | np.isnan(side))
+    is_unanimous = np.where(side[:, None] == 1, d > 0, d < 0).all(1)
+    columns = {name: pl.Series(values).fill_nan(None) for name, values in numbers.items()}
+    unanimous = pl.DataFrame({"known": is_known, "all": is_unanimous}).select(pl.when("known").then("all")).to_series()
+    return pl.DataFrame({**columns, "is_unanimous": unanimous})
 
 
 def _on_side(margins: pl.DataFrame, minority: pl.DataFrame, side: np.ndarray) -> np.ndarray:

@@ -31,6 +31,7 @@ def smoothed(
 ) -> pl.DataFrame:
     """Return the smoothed table, aligned with `margins`; a column is null where a scorer that it needs has no score.
 
+    Rows do not depend on each other: `margins` may be a piece of the table that was calibrated on.
     published_constants: p_smpo, and the column of the scorer that it comes from, take PUBLISHED instead of the store's range.
 
     Raises:
@@ -40,7 +41,7 @@ def smoothed(
     ranges = np.array([_range(calibration, s, published_constants and s == smpo_scorer) for s in scorers])
     smpo = cal.sigmoid(d / ranges)
     logits = cal.scorer_logits(margins, calibration, scorers)
-    calibrated, z = cal.sigmoid(logits), d / mar.rms(d)
+    calibrated, z = cal.sigmoid(logits), d / cal.rms_of(calibration, scorers)
     many = len(scorers) > 1
     numbers = {
         **{f"smpo_{s}": smpo[:, k] for k, s in enumerate(scorers)},

@@ -11,6 +11,7 @@ from PIL import Image
 
 from pipelines import catalogue, curation, pairs_page, schemas
 from pipelines.config import ConfigError
+from pipelines.pages import cards, elements
 from pipelines.tables import Store, StoreError
 
 SCORERS = ("clip", "hpsv2.1")
@@ -347,7 +348,7 @@ def test_a_pair_shows_votes_scores_probabilities_and_marks(labelled, preferences
         figures = [c for tag, c in pair["classes"] if tag == "figure"]
         assert figures == (["human", "consensus"] if chosen == 0 else ["consensus", "human"])
         assert ("mark minority" in [c for _, c in pair["classes"]]) == (minority_of(row) > 0.5)
-        assert all(a in text for a in of_pair["annotator_id"].head(pairs_page.VOTES_SHOWN).drop_nulls())
+        assert all(a in text for a in of_pair["annotator_id"].head(cards.VOTES_SHOWN).drop_nulls())
         assert "75% of 4" in text
         assert len(pair["images"]) == 2
 
@@ -362,7 +363,7 @@ def test_ties_are_the_people_who_did_not_decide(labelled_copy, preferences):
 
 def test_single_votes_beyond_what_is_shown_are_counted_and_reliabilities_come_along(labelled_copy, monkeypatch):
     store, keys = labelled_copy
-    monkeypatch.setattr(pairs_page, "VOTES_SHOWN", 3)
+    monkeypatch.setattr(cards, "VOTES_SHOWN", 3)
     votes = store.read(schemas.MINORITY)
     # The order of ids alone would list another vote first.
     is_mixed = (pl.col("label_0") == 1).any() & (pl.col("label_0").sort_by("vote_id").first() == 0)
@@ -428,7 +429,7 @@ def test_hostile_text_is_text_wherever_it_stands(text, labelled_copy, preference
     page = pairs_page.page(store, keys, where=f"pair_id = '{pair_id}' OR prompt = '{{<script>}}'", order_by="prompt")
     found = read(page)
     visible = text.replace("\x00", "␀").replace("\x1b", "␛")
-    assert found.pairs[pair_id]["text"].count(visible[: pairs_page.NAME_SHOWN]) >= 5
+    assert found.pairs[pair_id]["text"].count(visible[: elements.NAME_SHOWN]) >= 5
     allowed = {(t, a) for t, attributes in calm.elements for a in attributes}
     new = {(t, a) for t, attributes in found.elements for a in attributes} - allowed
     assert {t for t, _ in found.elements} == {t for t, _ in calm.elements} | {"bdi"}

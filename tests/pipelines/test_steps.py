@@ -5,9 +5,11 @@ import shutil
 import numpy as np
 import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 
 from pipelines import catalogue, schemas, steps
 from pipelines.config import Config, LabelsConfig, ScorerConfig, small_world
+from pipelines.labels import margins as mar
 from pipelines.scoring import batches
 from pipelines.tables import Store, StoreError
 
@@ -93,6 +95,18 @@ def test_every_label_table_is_built_and_fits_its_declaration(made):
         assert frame.select(table.key).n_unique() == len(frame)
         assert table.scorers(frame.columns) in ([], list(SCORERS))
         assert store.manifest(name).schema_version == table.version
+
+
+def test_tables_made_in_small_pieces_are_the_same(made, made_copy, monkeypatch):
+    whole, _, _ = made
+    store, config, keys = made_copy
+    for name in steps.LABEL_TABLES:
+        store.remove(f"_manifests/{name}")
+    monkeypatch.setattr(mar, "ROWS", 37)
+    build(store, config, keys)
+    assert len(whole.read(schemas.PREFERENCES)) > 10 * mar.ROWS
+    for name in steps.LABEL_TABLES:
+        assert_frame_equal(store.read(schemas.TABLES[name]), whole.read(schemas.TABLES[name]), abs_tol=1e-12)
 
 
 def test_the_steps_are_named_in_an_order_in_which_they_can_run():

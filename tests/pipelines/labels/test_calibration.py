@@ -123,11 +123,13 @@ def test_a_weight_that_nothing_speaks_for_is_zero_and_not_what_rounding_leaves_o
     assert found[0] == 0.0
 
 
-def test_an_even_margin_counts_half_and_a_split_pair_by_its_share():
-    margin, label, votes = column(1, -1, 0, 2), column(1, 1, 1, 0.75), column(1, 1, 2, 4)
+def test_an_even_margin_counts_half_and_a_split_pair_by_its_share(margins_of, votes_of):
+    margins = margins_of({"s": [1.0, -1.0, 0.0, 2.0]}, ["a", "b", "c", "d"])
+    votes = votes_of([("a", None, 1.0), ("b", None, 1.0), ("c", None, 1.0, 2), ("d", None, 1.0, 3), ("d", None, 0.0)])
+    overall = cal.calibrate(margins, votes, ["s"]).filter(pl.col("fold") == cal.ALL, pl.col("scorer") == "s")
     # right: 1, 0, 0.5 of each of two, 0.75 of each of four.
-    assert cal.tie_aware_accuracy(margin, label, votes) == pytest.approx((1 + 0 + 1 + 3) / 8)
-    assert cal.tie_aware_accuracy(margin, label, np.zeros(4)) is None
+    assert overall["accuracy"].item() == pytest.approx((1 + 0 + 1 + 3) / 8)
+    assert overall["votes"].item() == 8
 
 
 # --- votes per pair ------------------------------------------------------------------------------------------------

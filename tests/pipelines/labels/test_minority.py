@@ -36,8 +36,8 @@ def metrics_of(margins_of, calibration_of, prompt_of):
             given[scorer] = [x if x is None else x * unit[scorer] for x in (value, math.sqrt(square / 2))]
             given[scorer].append(given[scorer][1])
         margins = margins_of(given, ["x", "y", "z"], [prompt_of(2), prompt_of(0), prompt_of(1)])
-        weights = {"a": {"slope": 1.0, "weight": 0.5}, "b": {"slope": 1.0, "weight": -0.25}}
-        calibration = calibration_of(only=2, **{s: weights[s] for s in d})
+        weights = {"a": {"weight": 0.5}, "b": {"weight": -0.25}}
+        calibration = calibration_of(only=2, **{s: {"slope": 1.0, "rms": unit[s], **weights[s]} for s in d})
         return mino.pair_metrics(margins, calibration, list(d)).row(0, named=True)
 
     return run
@@ -103,7 +103,8 @@ def test_c_v_u_equal_the_released_programs_with_its_three_annotators_as_scorers(
         if case["batch"] == 16:
             assert rho == mino.RHO
         monkeypatch.setattr(mino, "RHO", rho)
-        calibration = calibration_of(**{k: {"slope": 1.0, "weight": 1.0} for k in names})
+        rms = {k: float(np.sqrt((margin[k] ** 2).mean())) for k in names}
+        calibration = calibration_of(**{k: {"slope": 1.0, "weight": 1.0, "rms": rms[k]} for k in names})
         found = mino.pair_metrics(margins_of(margin), calibration, list(names))
         assert found["stability"].to_list() == pytest.approx(case["train_std"], rel=1e-3)
         assert (found["confidence_0"] * found["stability"]).to_list() == pytest.approx(

@@ -4,6 +4,7 @@ import pytest
 
 from pipelines import schemas
 from pipelines.labels import consensus as con
+from pipelines.labels import margins as mar
 from pipelines.labels import minority as mino
 from pipelines.labels import preferences as pref
 from pipelines.labels import smoothed as smo
@@ -262,7 +263,7 @@ def test_a_problem_of_another_prompt_does_not_exclude_the_pair(given, hexadecima
 
 
 def test_pieces_are_the_same_as_the_whole(given, table, monkeypatch):
-    monkeypatch.setattr(pref, "ROWS", 3)
+    monkeypatch.setattr(mar, "ROWS", 3)
     pieces = list(pref.preferences(**given))
     assert [len(p) for p in pieces] == [3, 3, 3, 3, 1]
     assert schemas.PREFERENCES.conform(pl.concat(pieces)).equals(table)

@@ -30,8 +30,8 @@ def one(margins_of, prompt_of, calibration_of):
         first = pick or (None, None)
         given = {"pick": ([first[0], *second], [first[1], 20.0]), "clip": ([clip, *third], [0.0, 0.0])}
         margins = margins_of({s: given[s] for s in scorers}, ["x", "y"], [prompt_of(3), prompt_of(0)])
-        own = {"slope": 0.5, "weight": 1.0, "min": 16.0, "max": 24.0} | numbers
-        clips = {"slope": 16.0, "weight": 0.25, "min": 0.25, "max": 0.5, "logit_scale": 1.0}
+        own = {"slope": 0.5, "weight": 1.0, "rms": 4.0, "min": 16.0, "max": 24.0} | numbers
+        clips = {"slope": 16.0, "weight": 0.25, "rms": 0.125, "min": 0.25, "max": 0.5, "logit_scale": 1.0}
         calibration = calibration_of(only=3, pick=own, clip=clips)
         table = smoothed(margins, calibration, list(scorers), smpo, published_constants=published)
         table = schemas.SMOOTHED.conform(table)
