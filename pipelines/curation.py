@@ -160,7 +160,7 @@ POLICIES: dict[str, type[Policy]] = {
 }
 
 
-def policy(name: str, **options: Any) -> Policy:
+def policy(name: str, /, **options: Any) -> Policy:
     """Return the policy of that name.
 
     Raises:
@@ -180,14 +180,14 @@ def parse(text: str) -> Policy:
     Raises:
         ConfigError: see policy.
     """
-    name, _, rest = text.strip().partition(":")
+    name, _, rest = text.partition(":")
     options: dict[str, Any] = {}
     for part in filter(None, (p.strip() for p in rest.split(","))):
         option, sign, value = (p.strip() for p in part.partition("="))
         if not sign:
             raise ConfigError(f"policy {text!r}: expected 'name:option=value,option=value', found {part!r}")
         options[option] = _number(text, value) if option == "threshold" else value
-    return policy(name, **options)
+    return policy(name.strip(), **options)
 
 
 def spelled(policy: Policy) -> str:

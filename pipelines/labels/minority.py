@@ -132,7 +132,7 @@ def rated(votes: pl.DataFrame, row: np.ndarray) -> Rated:
 def minority(
     votes: pl.DataFrame, margins: pl.DataFrame, metrics: pl.DataFrame, *, em: bool = False
 ) -> tuple[pl.DataFrame, Lesson]:
-    """Return the minority table, one row per decided vote in the order of `margins`, and what it was learned from.
+    """Return the minority table, one row per decided vote by pair and vote_id, and what it was learned from.
 
     Args:
         votes: vote_id, pair_id, annotator_id, label_0, people, source of the counted votes.
@@ -141,7 +141,7 @@ def minority(
     """
     votes = votes.filter(pl.col("label_0") != 0.5)
     row = mar.vote_rows(margins, votes)
-    order = np.argsort(row, kind="stable")
+    order = _by_pair_and_id(row, votes["vote_id"])
     votes, row = votes[order], row[order]
     those = rated(votes, row)
     prompt = mar.codes(margins["prompt_id"])[row]
@@ -166,6 +166,16 @@ def minority(
         others=pl.Series(those.others),
     )
     return table.select(list(schemas.MINORITY.polars_schema)), lesson
+
+
+def _by_pair_and_id(row: np.ndarray, vote_id: pl.Series) -> np.ndarray:
+    """Return the order of votes by row, then by id, so that the order of shards does not show."""
+    order = np.argsort(row, kind="stable")
+    several = np.flatnonzero((np.bincount(row) > 1)[row[order]]) if len(row) else order
+    if len(several):
+        among = pl.DataFrame({"row": row[order[several]], "id": vote_id.gather(order[several])})
+        order[several] = order[several][among.select(pl.arg_sort_by("row", "id")).to_series().to_numpy()]
+    return order
 
 
 def agreement_surplus(toward: np.ndarray) -> np.ndarray:

@@ -478,15 +478,13 @@ def test_labels_rest_on_imported_scores_where_no_image_has_bytes(named, tmp_path
 
     labels = steps.Labels(store, config, keys)
     ids = {identity.image_id_of_uid("mine", n): n for n in names}
-    for row in labels.differences().iter_rows(named=True):
-        first, second = (ids[row[f"image_{i}_id"]] for i in (0, 1))
-        if "0-0" in (first, second):
-            assert row["d_lab"] is None
-        else:
-            assert row["d_lab"] == pytest.approx(value[first] - value[second], abs=1e-6)
     for name in steps.LABEL_TABLES:
         getattr(labels, name)()
     preferences = store.read(schemas.PREFERENCES)
+    for row in preferences.iter_rows(named=True):
+        for i in (0, 1):
+            name = ids[row[f"image_{i}_id"]]
+            assert row[f"score_{i}_lab"] == (None if name == "0-0" else value[name])
     assert len(preferences) == len(rows)
     assert preferences["consensus_label_0"].null_count() <= 1
     assert all("missing" in why for why in preferences["excluded_because"]), "pictures without bytes train nothing"
@@ -530,5 +528,6 @@ def test_imported_and_judged_scores_stand_side_by_side(ingested_copy, listing, t
     found = batches.current_scores(store, ["lab"], keys).sort(KEYS).collect()
     assert found["score"].equals(listing["score"], check_names=False)
     labels = steps.Labels(store, config, keys)
-    assert {"d_pickscore", "d_lab"} <= set(labels.differences().columns)
-    assert set(labels.calibration().manifest.inputs) >= {f"scores/{b.manifest.partition}" for b in built.values()}
+    margins = labels.margins()
+    assert {"score_0_pickscore", "score_0_lab"} <= set(store.read(schemas.MARGINS).columns)
+    assert set(margins.manifest.inputs) >= {f"scores/{b.manifest.partition}" for b in built.values()}

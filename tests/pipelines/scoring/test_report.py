@@ -362,7 +362,9 @@ def scored(ingested, tiny_config, tmp_path_factory):
 
 def test_accuracy_over_everything_is_the_calibration_s(scored, tiny_config):
     store, keys = scored
-    steps.Labels(store, tiny_config, keys).calibration()
+    labels = steps.Labels(store, tiny_config, keys)
+    labels.margins()
+    labels.calibration()
     expected = {
         r["scorer"]: (r["accuracy"], r["votes"])
         for r in store.read(schemas.CALIBRATION).filter(pl.col("fold") == -1).iter_rows(named=True)
