@@ -216,33 +216,35 @@ def calibrate(
     """
     d, folds, humans = mar.matrix(margins, scorers), mar.folds(margins), votes_per_pair(margins, votes)
     known, rms = ~np.isnan(d), mar.rms(d)
-    z = np.where(known, d, 0.0) / rms
     is_complete = known.all(1)
     names, generators = _generators(margins) if generator_term else ([], np.zeros((len(margins), 0)))
 
-    x, weight = np.concatenate([z, generators], 1), humans.votes * is_complete
+    # Sorted by fold once, for all fits.
+    by_fold = np.argsort(folds, kind="stable")
+    x = np.empty((len(d), len(scorers) + len(names)))
+    for k, scale in enumerate(rms):
+        x[:, k] = np.nan_to_num(d[by_fold, k]) / scale
+    x[:, len(scorers) :] = generators[by_fold]
+    label, votes_of, at = humans.label[by_fold], humans.votes[by_fold], folds[by_fold]
+    weight = humans.votes * is_complete
     prompts = prompts_in_fits(margins["prompt_id"], weight)
     penalty = np.zeros((FOLDS + 1, x.shape[1], x.shape[1])) + RIDGE * np.eye(x.shape[1])
     penalty[:, : len(scorers), : len(scorers)] += equality(len(scorers), prompts)
     # What one generator adds is known up to what all add; that is drawn to zero.
     penalty[:, len(scorers) :, len(scorers) :] += (GENERATOR_PROMPTS / prompts)[:, None, None] * np.eye(len(names))
-    # Sorted by fold once, for all fits.
-    by_fold = np.argsort(folds, kind="stable")
-    x, label, votes_of, at = x[by_fold], humans.label[by_fold], humans.votes[by_fold], folds[by_fold]
-    known, weight = known[by_fold], weight[by_fold]
 
     def one(k: int) -> np.ndarray:
         # Fitted on z and returned in the units of d, so that the ridge does not depend on a scorer's scale.
-        return fit_cross(x[:, [k]], label, votes_of * known[:, k], at, RIDGE * np.eye(1))[:, 0] / rms[k]
+        return fit_cross(x[:, [k]], label, votes_of * known[by_fold, k], at, RIDGE * np.eye(1))[:, 0] / rms[k]
 
     with ThreadPoolExecutor(2) as pool:
         # The longest first.
-        ensemble = pool.submit(fit_cross, x, label, weight, at, penalty)
+        ensemble = pool.submit(fit_cross, x, label, weight[by_fold], at, penalty)
         slopes = list(pool.map(one, range(len(scorers))))
     weights = ensemble.result()
 
     ranges = {s: _range(margins, s) for s in scorers}
-    true_rms = np.where(np.where(known, d, 0.0).any(0), rms, 0.0)
+    true_rms = [scale if np.nan_to_num(column).any() else 0.0 for scale, column in zip(rms, d.T, strict=True)]
     rows: list[dict[str, object]] = []
     for f in (ALL, *range(FOLDS)):
         for k, scorer in enumerate(scorers):
@@ -328,14 +330,16 @@ def _curves(
     humans: PairVotes,
     scorers: Sequence[str],
 ) -> pl.DataFrame:
-    logits = d * _slopes(calibration, scorers)[folds]
-    stages = [(s, "raw", d[:, k]) for k, s in enumerate(scorers)]
-    stages += [(s, "calibrated", logits[:, k]) for k, s in enumerate(scorers)]
-    stages.append((ENSEMBLE, "raw", (d / mar.rms(d)).mean(1)))
-    stages.append((ENSEMBLE, "calibrated", h))
+    slopes, votes_known = _slopes(calibration, scorers), humans.votes > 0
 
-    def curve(scorer: str, stage: str, logit: np.ndarray) -> pl.DataFrame:
-        rows = np.flatnonzero(~np.isnan(logit) & (humans.votes > 0))
+    def logit_of(k: int, stage: str) -> np.ndarray:
+        if k < len(scorers):
+            return d[:, k] if stage == "raw" else d[:, k] * slopes[folds, k]
+        return d @ (1 / mar.rms(d)) / len(scorers) if stage == "raw" else h
+
+    def curve(k: int, stage: str) -> pl.DataFrame:
+        logit = logit_of(k, stage)
+        rows = np.flatnonzero(~np.isnan(logit) & votes_known)
         logit, votes, label = logit[rows], humans.votes[rows], humans.label[rows]
         p = sigmoid(np.abs(logit))
         bins = np.minimum(((p - 0.5) * 2 * BINS).astype(np.int64), BINS - 1)
@@ -348,10 +352,11 @@ def _curves(
             "probability": sum_p[at] / count[at],
             "agreement": np.clip(sum_chosen[at] / count[at], 0, 1),
         }
-        names = (pl.lit(scorer).alias("scorer"), pl.lit(stage).alias("stage"))
+        names = (pl.lit([*scorers, ENSEMBLE][k]).alias("scorer"), pl.lit(stage).alias("stage"))
         return pl.DataFrame(numbers).cast({"bin": pl.Int32, "votes": pl.Int64}).select(*names, pl.all())
 
     with ThreadPoolExecutor(2) as pool:
+        stages = [(k, stage) for k in range(len(scorers) + 1) for stage in ("raw", "calibrated")]
         return pl.concat(pool.map(curve, *zip(*stages, strict=True)))
 
 
@@ -388,8 +393,9 @@ def _slopes(calibration: pl.DataFrame, scorers: Sequence[str]) -> np.ndarray:
 def ensemble_logit(margins: pl.DataFrame, calibration: pl.DataFrame, scorers: Sequence[str]) -> np.ndarray:
     """Return h with the weights of the prompt's fold, [N]; NaN where a scorer has no score."""
     d, folds = mar.matrix(margins, scorers), mar.folds(margins)
-    weights = np.stack([by_fold(calibration, s, "weight") for s in scorers], 1) / rms_of(calibration, scorers)
-    h = (d * weights[folds]).sum(1)
+    h = np.zeros(len(d))
+    for column, s, rms in zip(d.T, scorers, rms_of(calibration, scorers), strict=True):
+        h += column * (by_fold(calibration, s, "weight") / rms)[folds]
     names = [s for s in calibration["scorer"].unique().sort() if s.startswith(GENERATOR)]
     if names:
         theirs, sides = _generators(margins)

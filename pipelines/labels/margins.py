@@ -68,8 +68,9 @@ def difference(scorer: str) -> pl.Expr:
 
 
 def matrix(margins: pl.DataFrame, scorers: Sequence[str]) -> np.ndarray:
-    """Return d of all pairs and scorers, float64 [N, K], NaN where unknown."""
-    return np.stack([margins.select(difference(s)).to_series().fill_null(np.nan).to_numpy() for s in scorers], 1)
+    """Return d of all pairs and scorers, float64 [N, K], NaN where unknown; a scorer's numbers lie together."""
+    d = margins.select(difference(s).fill_null(np.nan).alias(s) for s in scorers)
+    return np.stack([d[s].to_numpy() for s in scorers]).T
 
 
 def rms(d: np.ndarray) -> np.ndarray:
@@ -77,9 +78,7 @@ def rms(d: np.ndarray) -> np.ndarray:
 
     d: [N, K]. There is no centring, so that swapping the images of a pair changes nothing.
     """
-    known = ~np.isnan(d)
-    square = np.where(known, d, 0.0) ** 2
-    mean = square.sum(0) / np.maximum(known.sum(0), 1)
+    mean = np.array([np.nansum(column**2) / max(1, np.count_nonzero(~np.isnan(column))) for column in d.T])
     return np.where(mean > 0, np.sqrt(mean), 1.0)
 
 
