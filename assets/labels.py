@@ -133,7 +133,8 @@ def _facts(name: str, frame: pl.LazyFrame) -> dict[str, float | None]:
             "share_excluded": pl.col("excluded_because").is_not_null().mean(),
             "share_unanimous": pl.col("is_unanimous").mean(),
             "share_consensus_against_human": ((pl.col("consensus_label_0") > 0.5) != (pl.col("human_label_0") > 0.5))
-            .filter(pl.col("human_label_0") != 0.5)
+            # What the humans decided themselves is not against them.
+            .filter(pl.col("human_label_0") != 0.5, pl.col("decided_by") == "majority")
             .mean(),
         },
     }

@@ -13,7 +13,13 @@ from trainers.recipes import Recipe
 from trainers.recipes import recipe as recipe_of
 
 OBSERVE_EVERY_STEPS = 5
-_LABELS = {"human": (), "consensus": ("consensus",)}
+_LABELS = {
+    "consensus": "consensus",
+    "smoothed": "smoothed",
+    "without_minority": "minority",
+    "minority_only": "minority",
+}
+"""The table of labels that a pair policy reads through preferences, so that the graph shows it."""
 
 
 def trained_key(recipe: str) -> dg.AssetKey:
@@ -28,10 +34,11 @@ def build_training(config: Config) -> list[dg.AssetsDefinition]:
 
 def _trained(recipe: Recipe) -> dg.AssetsDefinition:
     key = trained_key(recipe.name)
+    labels = [_LABELS[recipe.policy.name]] if recipe.policy.name in _LABELS else []
 
     @dg.asset(
         key=key,
-        deps=["preferences", "latents", "prompt_embeddings", *_LABELS[recipe.policy.name]],
+        deps=["preferences", "latents", "prompt_embeddings", *labels],
         group_name="training",
         kinds={"torch", "diffusers"},
         description=f"Model tuned by {recipe.name}: {recipe.summary}.",

@@ -372,4 +372,4 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the worlds")
     parser.add_argument("--home", type=Path, help="folder in which worlds and stores are kept")
     options = parser.parse_args()
-    sys.exit(0 if main(options.seeds, options.home) else 1)
+    main(options.seeds, options.home)

@@ -30,6 +30,8 @@ class _Model(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
 
+RESERVED = ("ensemble", "fidelity", "human", "majority", "random_scorer", "raw_sum", "zscore_sum")
+"""Names of judges and voters of our own, which no scorer may have."""
 Layout = Literal["auto", "pickapic", "pickapic_webdataset", "hpd", "hpdv3", "rapidata", "pairs"]
 
 
@@ -227,12 +229,14 @@ class Config(_Model):
             names = [part.name for part in getattr(self, what)]
             if len(set(names)) < len(names):
                 raise ValueError(f"{what}: names repeat: {names}")
-        if reserved := {s.name for s in self.scorers} & {"ensemble", "fidelity", "human"}:
+        if reserved := {s.name for s in self.scorers} & set(RESERVED):
             raise ValueError(f"scorers: the names {sorted(reserved)} are taken by columns of our own; choose others")
         if self.labels.tie_policy == "tie_breaker" and self.labels.tie_breaker not in {s.name for s in self.scorers}:
             raise ValueError(f"labels.tie_breaker: {self.labels.tie_breaker!r} is none of the scorers")
         if self.labels.smpo_scorer and self.labels.smpo_scorer not in {s.name for s in self.scorers}:
             raise ValueError(f"labels.smpo_scorer: {self.labels.smpo_scorer!r} is none of the scorers")
+        if "all" in {s.name for s in self.sources}:
+            raise ValueError("sources: the name 'all' is that of all sources together; choose another")
         if "://" in self.home:
             raise ValueError(
                 f"home: {self.home!r} is a URL; it holds runs and logs, set it to a local folder, and store to the URL"

@@ -57,7 +57,10 @@ of the source, unchanged, whatever their format. `image_0` is the first in id or
 | `user_id`, `ranking_id`, `created_at`, `image_0_url`, `image_1_url` | null: the label is no one person's vote |
 
 `labels.parquet` has every pair of the splits: `target_label_0` and `target_probability` (that the target's side is
-preferred), and the `file` and `row` (from 0) where the pair is, or `excluded_because`. Rows come shard by shard: shuffle."""
+preferred), and the `file` and `row` (from 0) where the pair is, or `excluded_because`. Rows come shard by shard: shuffle.
+
+Diffusion-DPO's script filters ties only where "pickapic" is in the dataset's name (there are none here), its `--sft` mode
+needs that name, and `--dreamlike_pairs_only` needs pairs whose generators are known."""
 
 
 @dataclass(frozen=True)
@@ -357,6 +360,6 @@ def _readme(result: Exported, card: str) -> str:
     for split in (s for s, n in result.rows.items() if n):
         header += [f"  - split: {split}", f"    path: data/{split}-*.parquet"]
     counts = {**result.rows, **{f"not exported: {why}": n for why, n in result.excluded.items()}}
-    table = ["| split | pairs |", "|---|--:|", *(f"| {name} | {n:,} |" for name, n in counts.items())]
+    table = ["| split | pairs |", "|---|--:|", *(f"| {k.replace('|', '&#124;')} | {n:,} |" for k, n in counts.items())]
     title = f"# Preference pairs: policy `{result.policy}`"
     return "\n\n".join(["\n".join([*header, "---"]), title, "\n".join(table), NOTES, card]).rstrip() + "\n"

@@ -72,7 +72,7 @@ def reason_kind(column: str) -> pl.Expr:
     """Return a reason without what differs from pair to pair: which image, details behind a colon, a compared value."""
     return (
         pl.col(column)
-        .str.replace(r":\s.*$", "")
+        .str.replace(r"(?s):\s.*$", "")
         .str.replace_all(r"\bimage_[01]\b", "image")
         .str.replace_all(r" -?\d[\w.+-]*( [<>]=?) ", "$1 ")
     )

@@ -601,9 +601,11 @@ CONSENSUS_REPORT = Table(
     "way to one label per pair, and level of the scorers' agreement",
     (
         Column(
-            "aggregation", pl.String, "majority (after the tie policy), random_scorer, raw_sum, zscore_sum, or a scorer"
+            "aggregation",
+            pl.String,
+            "majority (of the scorers alone, no tie policy), random_scorer, raw_sum, zscore_sum, or a scorer",
         ),
-        Column("level", pl.String, "'all', or '<sum of votes without sign> of <voters>' of the pair's consensus"),
+        Column("level", pl.String, "'all', or '<sum of the scorers' votes without sign> of <scorers that vote>'"),
         Column("pairs", pl.Int64, "pairs of the level, those without a label among them"),
         Column("pairs_labelled", pl.Int64, "of those, pairs to which this way gives a label"),
         Column("votes", pl.Int64, "people behind the decided human votes on labelled pairs"),
@@ -786,6 +788,7 @@ PREFERENCES = Table(
         Column("split", pl.String, "resolved split of the prompt", values=SPLITS),
         Column("sources", pl.String, "sources that hold votes on it, joined by '+'"),
         Column("n_votes", pl.Int64, "people whose votes count (status ok, no duplicate; an unknown count is one)"),
+        Column("n_decided", pl.Int64, "of those, people who chose one of the images"),
         Column("human_label_0", pl.Float64, "mean of those votes", nullable=True, **_PROBABILITY),
         Column("is_in_cycle", pl.Boolean, "the humans' choices among the prompt's images lead round through this pair"),
         Column(
@@ -812,8 +815,14 @@ PREFERENCES = Table(
             "every scorer votes for the humans' side; null: no side, or a missing score",
             True,
         ),
-        Column("consensus_label_0", pl.Float64, "majority vote of the scorers", nullable=True, **_PROBABILITY),
-        Column("agreement", pl.Float64, "how united the scorers are", nullable=True, **_PROBABILITY),
+        Column(
+            "consensus_label_0",
+            pl.Float64,
+            "majority of the voters after the tie policy; null: undecided",
+            nullable=True,
+            **_PROBABILITY,
+        ),
+        Column("agreement", pl.Float64, "how united the voters are", nullable=True, **_PROBABILITY),
         Column("decided_by", pl.String, "what decided the consensus", nullable=True),
         Column("random_scorer_label_0", pl.Float64, "see consensus", nullable=True, **_PROBABILITY),
         Column("raw_sum_label_0", pl.Float64, "see consensus", nullable=True, **_PROBABILITY),

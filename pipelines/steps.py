@@ -5,13 +5,14 @@ Belongs here: which tables a step reads and which parameters enter its fingerpri
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
+from typing import Any
 
 import polars as pl
 
 from pipelines import catalogue, schemas
-from pipelines.config import Config
+from pipelines.config import Config, ConfigError
 from pipelines.labels import annotators as ann
 from pipelines.labels import calibration as cal
 from pipelines.labels import consensus as con
@@ -20,7 +21,7 @@ from pipelines.labels import minority as mino
 from pipelines.labels import preferences as pref
 from pipelines.labels import smoothed as smo
 from pipelines.scoring import batches
-from pipelines.tables import Built, Manifest, Store, StoreError
+from pipelines.tables import Built, Manifest, Store, StoreError, made_of
 
 CODE_VERSION = "5"
 _COSINES = ("clip", "hpsv2", "hpsv2.1")
@@ -55,11 +56,80 @@ class Labels:
         votes = self.store.require_all("votes", self.shard_keys)
         return [*votes, *(self.store.require(t) for t in ("catalogue_votes", "catalogue_pairs"))]
 
-    def _inputs(self, *labels: str) -> list[Manifest]:
-        """Return the commits of votes and of label tables, these made from what lies there now."""
-        scores = [m for manifests in self._scored.values() for m in manifests]
-        seen = {"margins": [*self._voted, *scores]}
-        return [*self._voted, *(self.store.require_current(t, made_from=seen.get(t, ())) for t in labels)]
+    def _inputs(self, name: str) -> list[Manifest]:
+        """Return the commits of everything that a label table is made from."""
+        found = [*self._voted, *(self._current(t) for t in LABEL_TABLES[name])]
+        if name in ("margins", "preferences"):
+            found += [m for manifests in self._scored.values() for m in manifests]
+        if name == "preferences":
+            # Imported scores stay as they are when bytes come or go.
+            images = self.store.require_all("images", self.shard_keys)
+            found += [self.store.require(schemas.CATALOGUE_PROMPTS.name), *images]
+        return found
+
+    def _current(self, name: str) -> Manifest:
+        """Return the commit of a label table that is what this configuration and program would make now.
+
+        Raises:
+            StoreError: it is missing, older than its inputs, or made under other options or by another program.
+        """
+        inputs = self._inputs(name)
+        manifest = self.store.require_current(name, made_from=inputs)
+        contents = {f"{m.table}/{m.partition}": m.content for m in inputs}
+        if manifest.fingerprint != made_of(schemas.TABLES[name], contents, CODE_VERSION, self._parameters(name)):
+            raise StoreError(
+                f"{self.store.location}: {name} was made under other options (labels, scorers) or by another version of the "
+                f"program; materialize {name} again (`python -m pipelines label`, or the asset in Dagster)"
+            )
+        return manifest
+
+    def _parameters(self, name: str) -> dict[str, Any]:
+        """Return the options and constants that a label table depends on."""
+        labels = self.config.labels
+        own: dict[str, dict[str, Any]] = {
+            "calibration": {
+                "folds": mar.FOLDS,
+                "penalties": [cal.RIDGE, cal.PROMPTS_OF_EQUALITY, cal.GENERATOR_PROMPTS],
+                "generator_term": labels.generator_term,
+                "logit_scales": self._logit_scales,
+            },
+            "consensus": self._consensus_options,
+            "smoothed": {"smpo_scorer": self._smpo_scorer, "constants": labels.smpo_constants},
+            "minority": {
+                "rho": mino.RHO,
+                "prior_votes": mino.PRIOR_VOTES,
+                "doubt": mino.PROMPTS_OF_DOUBT,
+                "least": [mino.LEAST_VOTES, mino.LEAST_TARGETS],
+                "em": labels.em,
+            },
+        }
+        return {"scorers": self.scorers, **own.get(name, {})}
+
+    def _build(
+        self,
+        name: str,
+        make: Callable[[], pl.DataFrame | Iterable[pl.DataFrame]],
+        extra: Callable[[], Mapping[str, Any]] | None = None,
+    ) -> Built:
+        return self.store.build(
+            schemas.TABLES[name],
+            make,
+            inputs=self._inputs(name),
+            code_version=CODE_VERSION,
+            parameters=self._parameters(name),
+            extra=extra,
+        )
+
+    @property
+    def _consensus_options(self) -> dict[str, Any]:
+        labels = self.config.labels
+        names = ("tie_policy", "tie_breaker", "human_votes", "seed")
+        return {n: getattr(labels, n) for n in names}
+
+    @property
+    def _smpo_scorer(self) -> str:
+        of_pickscore = [s.name for s in self.config.scorers if s.kind == "pickscore"]
+        return self.config.labels.smpo_scorer or [*of_pickscore, self.scorers[0]][0]
 
     @cached_property
     def _pairs(self) -> pl.DataFrame:
@@ -103,14 +173,15 @@ class Labels:
             scan = self.store.scan(schemas.SCORES, partitions=[m.partition for m in commits])
             found = scan.select("image_id", "prompt_id", pl.col("score").alias(scorer)).collect()
             # Every scorer's file of a shard has a row for every (image, prompt) that the shard owns, sorted.
-            if len(result) and not found.drop(scorer).equals(result.select("image_id", "prompt_id")):
+            if result.width and not found.drop(scorer).equals(result.select("image_id", "prompt_id")):
                 raise StoreError(
                     f"{self.store.location}: scores of {scorer} have other (image, prompt) rows than those of "
                     f"{self.scorers[0]}; score both again (`python -m pipelines score`)"
                 )
-            result = result.with_columns(found[scorer]) if len(result) else found
+            result = result.with_columns(found[scorer]) if result.width else found
         return result
 
+    @cached_property
     def _logit_scales(self) -> dict[str, float]:
         """Return scorer -> factor of the cosine in its score, where it is one."""
         found: dict[str, float] = {}
@@ -121,13 +192,6 @@ class Labels:
                 named = [m.extra["logit_scale"] for m in self._scored[scorer.name] if "logit_scale" in m.extra]
                 found |= {scorer.name: named[0]} if named else {}
         return found
-
-    def _models(self) -> pl.DataFrame:
-        """Return pair_id, model_0, model_1 of pairs whose generators their votes name; of several names the first."""
-        named = self._all_votes.select("pair_id", "model_0", "model_1").drop_nulls()
-        if not len(named):
-            return named
-        return named.group_by("pair_id").agg(pl.col("model_0", "model_1").cast(pl.String).min())
 
     def _read(self, table: schemas.Table, *columns: str) -> pl.DataFrame:
         """Return some columns of a label table."""
@@ -147,95 +211,78 @@ class Labels:
     # --- the steps ---------------------------------------------------------------------------------------------
 
     def margins(self) -> Built:
-        """Build `margins`."""
-        scores = [m for manifests in self._scored.values() for m in manifests]
-        return self.store.build(
-            schemas.MARGINS,
-            lambda: mar.margins(self._pairs, self._scores(), self._models(), self.scorers),
-            inputs=[*self._voted, *scores],
-            code_version=CODE_VERSION,
-            parameters={"scorers": self.scorers},
-        )
+        """Build `margins`.
+
+        Raises:
+            StoreError: a score is NaN or infinite.
+        """
+
+        def make() -> pl.DataFrame:
+            models = mar.models(self._all_votes, self._pairs)
+            try:
+                return mar.margins(self._pairs, self._scores(), models, self.scorers)
+            except ValueError as error:
+                raise StoreError(
+                    f"{self.store.location}: {error}; score again (`python -m pipelines score`)"
+                ) from error
+
+        return self._build("margins", make)
 
     def calibration(self) -> Built:
         """Build `calibration`."""
-        term = self.config.labels.generator_term
-        scales = self._logit_scales()
-        return self.store.build(
-            schemas.CALIBRATION,
-            lambda: cal.calibrate(self._margins, self._votes, self.scorers, logit_scales=scales, generator_term=term),
-            inputs=self._inputs("margins"),
-            code_version=CODE_VERSION,
-            parameters={
-                "scorers": self.scorers,
-                "folds": mar.FOLDS,
-                "equality": cal.PROMPTS_OF_EQUALITY,
-                "generator_term": term,
-                "logit_scales": scales,
-            },
+        options = {"logit_scales": self._logit_scales, "generator_term": self.config.labels.generator_term}
+        return self._build(
+            "calibration",
+            lambda: cal.calibrate(self._margins, self._votes, self.scorers, **options),  # type: ignore[arg-type]
         )
 
     def reliability(self) -> Built:
         """Build `reliability`."""
-        return self.store.build(
-            schemas.RELIABILITY,
-            lambda: cal.reliability(self._margins, self._calibration, self._votes, self.scorers),
-            inputs=self._inputs("margins", "calibration"),
-            code_version=CODE_VERSION,
-            parameters={"scorers": self.scorers},
+        return self._build(
+            "reliability", lambda: cal.reliability(self._margins, self._calibration, self._votes, self.scorers)
         )
 
     def consensus(self) -> Built:
         """Build `consensus`."""
-        labels = self.config.labels
-        options = {
-            "tie_policy": labels.tie_policy,
-            "tie_breaker": labels.tie_breaker,
-            "human_votes": labels.human_votes,
-            "seed": labels.seed,
-        }
 
         def make() -> Iterator[pl.DataFrame]:
             rms = mar.rms(mar.matrix(self._margins, self.scorers))
             human = self._pairs["human_label_0"]
             for start, piece in zip(mar.starts(len(human)), self._pieces(), strict=True):
                 of_piece = human.slice(start, mar.ROWS)
-                yield con.consensus(piece, of_piece, self.scorers, **options, rms=rms)  # type: ignore[arg-type]
+                yield con.consensus(piece, of_piece, self.scorers, **self._consensus_options, rms=rms)
 
-        return self.store.build(
-            schemas.CONSENSUS,
-            make,
-            inputs=self._inputs("margins"),
-            code_version=CODE_VERSION,
-            parameters={"scorers": self.scorers, **options},
-        )
+        return self._build("consensus", make)
 
     def consensus_report(self) -> Built:
         """Build `consensus_report`."""
-        return self.store.build(
-            schemas.CONSENSUS_REPORT,
-            lambda: con.report(
-                self.store.read(schemas.CONSENSUS),
-                self._margins,
-                cal.votes_per_pair(self._margins, self._votes),
-                self.scorers,
-            ),
-            inputs=self._inputs("margins", "consensus"),
-            code_version=CODE_VERSION,
-            parameters={"scorers": self.scorers},
-        )
+
+        def make() -> pl.DataFrame:
+            humans = cal.votes_per_pair(self._margins, self._votes)
+            return con.report(self.store.read(schemas.CONSENSUS), self._margins, humans, self.scorers)
+
+        return self._build("consensus_report", make)
 
     def smoothed(self) -> Built:
-        """Build `smoothed`."""
-        of_pickscore = [s.name for s in self.config.scorers if s.kind == "pickscore"]
-        smpo = self.config.labels.smpo_scorer or [*of_pickscore, self.scorers[0]][0]
-        published = self.config.labels.smpo_constants == "published"
-        return self.store.build(
-            schemas.SMOOTHED,
-            lambda: smo.smoothed(self._margins, self._calibration, self.scorers, smpo, published_constants=published),
-            inputs=self._inputs("margins", "calibration"),
-            code_version=CODE_VERSION,
-            parameters={"scorers": self.scorers, "smpo_scorer": smpo, "published_constants": published},
+        """Build `smoothed`.
+
+        Raises:
+            ConfigError: labels.smpo_constants is 'published', and the scorer of p_smpo is no PickScore of ours.
+        """
+        published, scorer = self.config.labels.smpo_constants == "published", self._smpo_scorer
+        kind = next(s.kind for s in self.config.scorers if s.name == scorer)
+        if published and (kind != "pickscore" or scorer not in self._logit_scales):
+            raise ConfigError(
+                f"labels.smpo_constants: the published constants are cosines of PickScore, and {scorer!r} is of kind "
+                f"{kind!r} (or its scores do not name their scale); set labels.smpo_scorer to one of kind 'pickscore', or "
+                f"smpo_constants to 'data'"
+            )
+        return self._build(
+            "smoothed",
+            lambda: (
+                smo.smoothed(m, self._calibration, self.scorers, scorer, published_constants=published)
+                for m in self._pieces()
+            ),
         )
 
     def minority(self) -> Built:
@@ -247,32 +294,17 @@ class Labels:
             lessons.append(lesson)
             return table
 
-        return self.store.build(
-            schemas.MINORITY,
-            make,
-            inputs=self._inputs("margins", "calibration"),
-            code_version=CODE_VERSION,
-            parameters={"scorers": self.scorers, "rho": mino.RHO, "em": self.config.labels.em},
-            extra=lambda: lessons[0].facts(),
-        )
+        return self._build("minority", make, lambda: lessons[0].facts())
 
     def annotators(self) -> Built:
         """Build `annotators`."""
-        return self.store.build(
-            schemas.ANNOTATORS,
-            lambda: ann.annotators(self._votes, self._margins, self.store.read(schemas.MINORITY)),
-            inputs=self._inputs("margins", "minority"),
-            code_version=CODE_VERSION,
+        return self._build(
+            "annotators", lambda: ann.annotators(self._votes, self._margins, self.store.read(schemas.MINORITY))
         )
 
     def rater_agreement(self) -> Built:
         """Build `rater_agreement`."""
-        return self.store.build(
-            schemas.RATER_AGREEMENT,
-            lambda: ann.rater_agreement(self._votes, self._margins),
-            inputs=self._inputs("margins"),
-            code_version=CODE_VERSION,
-        )
+        return self._build("rater_agreement", lambda: ann.rater_agreement(self._votes, self._margins))
 
     def preferences(self) -> Built:
         """Build `preferences`."""
@@ -294,18 +326,7 @@ class Labels:
                 scorers=self.scorers,
             )
 
-        # Imported scores stay as they are when bytes come or go.
-        images = self.store.require_all("images", self.shard_keys)
-        prompts = self.store.require(schemas.CATALOGUE_PROMPTS.name)
-        scores = [m for manifests in self._scored.values() for m in manifests]
-        labels = self._inputs("margins", "calibration", "consensus", "smoothed", "minority")
-        return self.store.build(
-            schemas.PREFERENCES,
-            make,
-            inputs=[*labels, prompts, *images, *scores],
-            code_version=CODE_VERSION,
-            parameters={"scorers": self.scorers},
-        )
+        return self._build("preferences", make)
 
 
 LABEL_TABLES: dict[str, tuple[str, ...]] = {

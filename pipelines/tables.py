@@ -422,13 +422,7 @@ class Store:
     ) -> Built:
         """Make a partition unless it lies there, made from the same inputs by the same code and parameters."""
         sources = {f"{m.table}/{m.partition}": m.content for m in inputs}
-        made_from = fingerprint(
-            table=table.name,
-            schema_version=table.version,
-            code_version=code_version,
-            parameters=dict(parameters or {}),
-            inputs=sources,
-        )
+        made_from = made_of(table, sources, code_version, parameters)
         existing = self.manifest(table.name, partition)
         if existing is not None and existing.fingerprint == made_from:
             return Built(existing, True)
@@ -488,6 +482,19 @@ class Store:
     def current_revisions(self) -> dict[str, str]:
         """Return scorer -> active revision."""
         return (self.read_json("scores/current.json") or {}).get("revisions", {})
+
+
+def made_of(
+    table: schemas.Table, contents: Mapping[str, str], code_version: str, parameters: Mapping[str, Any] | None
+) -> str:
+    """Return the fingerprint of what a partition is made from. contents: '<table>/<partition>' -> content of the inputs."""
+    return fingerprint(
+        table=table.name,
+        schema_version=table.version,
+        code_version=code_version,
+        parameters=dict(parameters or {}),
+        inputs=dict(contents),
+    )
 
 
 def _checked(table: schemas.Table, frame: pl.DataFrame | pa.Table) -> pa.Table:

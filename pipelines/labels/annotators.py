@@ -3,7 +3,7 @@
     reliability   (k + a) / (n + a + b), k of n decided votes with the majority of the pair's other raters, divided by the
                   design effect of a person's votes on one prompt; Beta(a, b) over annotators by maximum likelihood
                   (empirical Bayes)
-    first_share   share of decided votes for the image displayed first
+    first_share   share of decided votes for the image displayed first; its interval, too, takes prompts as clusters
     alpha         Krippendorff's, nominal: 1 - D_o / D_e, over pairs with two votes or more (Krippendorff 2011)
         D_o = 1/n sum_pairs sum_{c != k} n_pc n_pk / (m_p - 1)          D_e = sum_{c != k} n_c n_k / (n (n - 1))
 
@@ -19,7 +19,7 @@ from scipy.special import betaincinv, betaln
 
 from pipelines import schemas
 from pipelines.labels import margins as mar
-from pipelines.labels.intervals import design_effect, wilson
+from pipelines.labels.intervals import clustered_share, design_effect, wilson
 from pipelines.labels.minority import LEAST_VOTES, PRIOR_VOTES, agreement_surplus
 
 UNKNOWN = "unknown"
@@ -51,9 +51,11 @@ def annotators(votes: pl.DataFrame, margins: pl.DataFrame, minority: pl.DataFram
     at, people, label = numbers(votes), votes["people"].to_numpy().astype(float), votes["label_0"].to_numpy()
     prompts = mar.codes(margins["prompt_id"])
     prompt = prompts[mar.vote_rows(margins, votes)]
-    seen = np.unique(at * (prompts.max(initial=0) + 1) + prompt) // (prompts.max(initial=0) + 1)
+    sittings, sitting = np.unique(at * (prompts.max(initial=0) + 1) + prompt, return_inverse=True)
+    seen = sittings // (prompts.max(initial=0) + 1)
     placed, first = _placed(votes)
     placed_n, first_n = total(at, placed), total(at, first)
+    first_low, first_high = wilson(_ratio(first_n, placed_n), placed_n / design_effect(first, placed, sitting, at))
 
     its = numbers(minority)
     against = minority["share_against"].fill_null(np.nan).to_numpy()
@@ -64,15 +66,14 @@ def annotators(votes: pl.DataFrame, margins: pl.DataFrame, minority: pl.DataFram
     is_compared = ~np.isnan(against) & (against != 0.5)
     compared, agreeing = decided * is_compared, decided * (is_compared & (against < 0.5))
     its_prompt = prompts[mar.rows_of(margins, minority["pair_id"])]
-    sitting = np.unique(its * (prompts.max(initial=0) + 1) + its_prompt, return_inverse=True)[1]
-    effect = design_effect(agreeing, compared, sitting, its)
+    its_sitting = np.unique(its * (prompts.max(initial=0) + 1) + its_prompt, return_inverse=True)[1]
+    effect = design_effect(agreeing, compared, its_sitting, its)
     n, k = total(its, compared), total(its, agreeing)
     mean, low, high = _reliability(k / effect, n / effect)
     with np.errstate(divide="ignore", invalid="ignore"):
         toward = np.log1p(-chosen) - np.log(chosen)
     known = ~np.isnan(chosen)
     surplus, judged = total(its, decided * agreement_surplus(toward)), total(its, decided * known)
-    first_low, first_high = wilson(_ratio(first_n, placed_n), placed_n)
     numbers_of = {
         "votes": total(at, people * (label != 0.5)),
         "ties": total(at, people * (label == 0.5)),
@@ -182,6 +183,8 @@ def _alpha_interval(counts: np.ndarray, clusters: np.ndarray) -> tuple[float | N
 def rater_agreement(votes: pl.DataFrame, margins: pl.DataFrame) -> pl.DataFrame:
     """Return the rater_agreement table: a row per source, then 'all'.
 
+    Every vote is a rating, also a second one of the same person.
+
     votes: pair_id, annotator_id, label_0, people, was_swapped, source of the counted votes.
     """
     prompts = mar.codes(margins["prompt_id"])
@@ -203,8 +206,7 @@ def _agreement(votes: pl.DataFrame, row: np.ndarray, prompts: np.ndarray) -> dic
     low, high = _alpha_interval(counts, prompts[pairs])
     several = decided[decided.sum(1) >= LEAST_VOTES]
     placed, first = _placed(votes)
-    share = first.sum() / placed.sum() if placed.sum() else None
-    first_low, first_high = (None, None) if share is None else (float(v) for v in wilson(share, placed.sum()))
+    first_share, first_low, first_high = clustered_share(first, placed, prompts[row])
     return {
         "pairs": int(comparable.sum()),
         "ratings": int(counts[comparable].sum()),
@@ -215,7 +217,7 @@ def _agreement(votes: pl.DataFrame, row: np.ndarray, prompts: np.ndarray) -> dic
         "alpha_decided": krippendorff_alpha(decided),
         "minority_share": float(several.min(1).sum() / several.sum()) if len(several) else None,
         "placed": int(placed.sum()),
-        "first_share": share,
+        "first_share": first_share,
         "first_low": first_low,
         "first_high": first_high,
     }

@@ -119,14 +119,17 @@ def _mixed(x: np.ndarray) -> np.ndarray:
 def report(consensus: pl.DataFrame, margins: pl.DataFrame, humans: PairVotes, scorers: Sequence[str]) -> pl.DataFrame:
     """Return the consensus_report table: how often decided human votes agree with each way to a label, by agreement.
 
+    The majority is that of the scorers alone: a human voter, or a tie policy that asks the humans, would agree with itself.
     Labels are compared where there are any; a pair without one says nothing (unlike an even margin in `calibration`,
     which counts half). Intervals take prompts as clusters.
     """
     prompts = mar.codes(margins["prompt_id"])
-    ways = {a: consensus[f"{'consensus' if a == 'majority' else a}_label_0"] for a in AGGREGATIONS}
-    ways |= {s: (consensus[f"vote_{s}"].replace(0, None).cast(pl.Float64) + 1) / 2 for s in scorers}
-    surplus = (consensus["votes_0"] - consensus["votes_1"]).abs().to_numpy().astype(np.int64)
-    voters = consensus["voters"].to_numpy().astype(np.int64)
+    votes_of = {s: consensus[f"vote_{s}"].cast(pl.Float64) for s in scorers}
+    total = pl.select(pl.sum_horizontal(*(pl.lit(v) for v in votes_of.values()))).to_series().to_numpy()
+    ways = {"majority": _label(total), **{a: consensus[f"{a}_label_0"] for a in AGGREGATIONS if a != "majority"}}
+    ways |= {s: (v.replace(0.0, None) + 1) / 2 for s, v in votes_of.items()}
+    surplus = np.abs(total).astype(np.int64)
+    voters = np.sum([v.is_not_null().to_numpy() for v in votes_of.values()], 0).astype(np.int64)
     level = voters * (voters.max(initial=0) + 1) + surplus
     order = np.argsort(level, kind="stable")
     found, starts = np.unique(level[order], return_index=True)

@@ -23,7 +23,9 @@ def wilson(share: np.ndarray | float, n: np.ndarray | float) -> tuple[np.ndarray
     with np.errstate(divide="ignore", invalid="ignore"):
         q = _SQUARE / n
         half = np.sqrt(q * share * (1 - share) + q * q / 4)
-        return (share + q / 2 - half) / (1 + q), (share + q / 2 + half) / (1 + q)
+        low, high = (share + q / 2 - half) / (1 + q), (share + q / 2 + half) / (1 + q)
+    # Rounding can end behind the scale.
+    return np.clip(low, 0, 1), np.clip(high, 0, 1)
 
 
 def design_effect(
@@ -52,10 +54,15 @@ def design_effect(
 
 
 def clustered_share(right: np.ndarray, count: np.ndarray, clusters: np.ndarray) -> tuple[float | None, ...]:
-    """Return sum(right) / sum(count) and its interval with clusters; three None where nothing is counted. See above."""
+    """Return sum(right) / sum(count) and its interval with clusters.
+
+    None where nothing is counted; no interval of a single cluster, which does not tell how much clusters differ.
+    """
     total = float(count.sum())
     if not total:
         return None, None, None
     share = float(right.sum()) / total
+    if len(np.unique(clusters[count > 0])) < 2:
+        return share, None, None
     low, high = wilson(share, total / design_effect(right, count, clusters))
     return share, float(low), float(high)

@@ -53,6 +53,34 @@ def margins(pairs: pl.DataFrame, scores: pl.DataFrame, models: pl.DataFrame, sco
     return result.select(list(schemas.MARGINS.of(scorers).polars_schema)).sort("pair_id")
 
 
+def models(votes: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:
+    """Return pair_id, model_0, model_1 of the pairs whose generators votes name.
+
+    Where votes on a pair name several, the first in the order of names that one vote gives both images; where none names
+    both, the first that any gives each.
+
+    votes: model_0, model_1 as Categorical or String, and pair_id or row (see vote_rows).
+    """
+    row, count = vote_rows(pairs, votes), len(pairs)
+    texts = [votes[f"model_{i}"].cast(pl.String) for i in (0, 1)]
+    names = pl.concat([t.drop_nulls().unique() for t in texts]).unique().sort()
+    none = len(names)
+    code = [t.cast(pl.Enum(names)).to_physical().cast(pl.Int64).fill_null(none).to_numpy() for t in texts]
+
+    def smallest(values: np.ndarray, among: np.ndarray) -> np.ndarray:
+        found = np.full(count, (none + 1) ** 2)
+        np.minimum.at(found, row[among], values[among])
+        return found
+
+    together = smallest(code[0] * (none + 1) + code[1], (code[0] < none) & (code[1] < none))
+    columns = {}
+    for i, part in enumerate((together // (none + 1), together % (none + 1))):
+        alone = smallest(code[i], code[i] < none)
+        best = np.where(together < (none + 1) ** 2, part, np.minimum(alone, none))
+        columns[f"model_{i}"] = names.gather(pl.Series(best).replace(none, None))
+    return pairs.select("pair_id").with_columns(**columns).filter(pl.any_horizontal(pl.col(*columns).is_not_null()))
+
+
 def _key(image: str) -> pl.Expr:
     return pl.col(image).hash(1) ^ pl.col("prompt_id").hash(2)
 
@@ -119,6 +147,6 @@ def rows_of(margins: pl.DataFrame, pair_id: pl.Series) -> np.ndarray:
     found = pair_id.to_frame("pair_id").join(rows, on="pair_id", how="left", maintain_order="left")["row"]
     if found.null_count():
         raise ValueError(
-            f"{found.null_count()} votes are on pairs that `margins` lacks; build it again from these pairs"
+            f"{found.null_count()} votes are on pairs that `margins` lacks; build the catalogue and `margins` again"
         )
     return found.to_numpy().astype(np.int64)

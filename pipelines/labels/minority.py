@@ -9,7 +9,7 @@ Adaptive-DPO's metric with reward models as annotators (Zhang et al. 2025, arXiv
     minority_score = 1 - p(recorded label)      under the cross-fitted ensemble
 
 What a store with several raters per pair teaches beyond that, cross-fitted by prompt (a prompt that teaches nothing is judged
-by what all others teach):
+by what all others teach; targets are left out, while g of other prompts and r rest on fits that saw the prompt's votes too):
 
     minority_probability = sigmoid(w . (g, |g|, r, 1))      g = ensemble logit signed towards the vote
     r = sum over the annotator's votes on other prompts of (agree - max(p, 1 - p)) / (n + PRIOR_VOTES)

@@ -56,6 +56,7 @@ def preferences(
     smaller = np.where(said.decided >= LEAST_VOTES, np.minimum(said.decided_label, 1 - said.decided_label), np.nan)
     of_pairs = pl.DataFrame(
         {
+            "n_decided": pl.Series(said.decided).cast(pl.Int64),
             "minority_share": pl.Series(smaller).fill_nan(None),
             "minority_probability": pl.Series(_on_side(margins, minority, side)).fill_nan(None),
             "sources": _joined_sources(margins, sources),

@@ -85,7 +85,7 @@ def _side(label_0: float | None) -> int | None:
 
 
 def _card(
-    number: int, pair: dict[str, Any], chosen: Chosen, pictures: Mapping[str, Picture], uris: Mapping[str, str]
+    place_on_page: int, pair: dict[str, Any], chosen: Chosen, pictures: Mapping[str, Picture], uris: Mapping[str, str]
 ) -> Html:
     minority = pair["minority_score"] if pair["minority_probability"] is None else pair["minority_probability"]
     is_minority = minority is not None and minority > MINORITY_FROM
@@ -104,7 +104,7 @@ def _card(
         kinds = [k for k, side in (("human", human), ("consensus", consensus)) if side == i]
         figures.append(_figure(i, pair, pictures, uris, [m for m in marks if m], kinds))
     place = [
-        el("a", f"{number}", href=f"#pair-{pair['pair_id']}", title=f"pair {pair['pair_id']}"),
+        el("a", f"{place_on_page}", href=f"#pair-{pair['pair_id']}", title=f"pair {pair['pair_id']}"),
         el("span", pair["split"]),
         name("span", pair["sources"]),
         el("code", pair["pair_id"][:12]),

@@ -21,8 +21,10 @@ from pipelines.tables import Store
 _HUMAN, _CONSENSUS = pl.col("human_label_0"), pl.col("consensus_label_0")
 _IS_DECIDED = _HUMAN.is_not_null() & (_HUMAN != 0.5)
 _MINORITY = pl.coalesce("minority_probability", "minority_score")
-# Of two votes that differ there is no minority_share.
-_EVENNESS = pl.coalesce("minority_share", 0.5 - (_HUMAN - 0.5).abs())
+_DECIDED = pl.col("n_decided")
+# Ties are half in the mean of the votes.
+_CHOSE_0 = _HUMAN * pl.col("n_votes") - (pl.col("n_votes") - _DECIDED) / 2
+_EVENNESS = pl.min_horizontal(_CHOSE_0, _DECIDED - _CHOSE_0) / _DECIDED
 # Column by column: every scorer's score of image_0 beside its score of image_1.
 _ALL_CHOOSE_0 = pl.all_horizontal(pl.col("^score_0_.+$") > pl.col("^score_1_.+$"))
 _ALL_CHOOSE_1 = pl.all_horizontal(pl.col("^score_0_.+$") < pl.col("^score_1_.+$"))
@@ -48,10 +50,11 @@ QUERIES: dict[str, Query] = {
     ),
     "split_votes": Query(
         "Split votes",
-        "Pairs on which several people voted and do not agree, the most evenly divided first, and of those the pairs with "
-        "most votes (minority_share; where fewer than three chose an image, a tie counts half for each side).",
-        (pl.col("n_votes") >= 2) & (_EVENNESS > 0),
-        (-_EVENNESS, -pl.col("n_votes")),
+        "Pairs on which people chose either image, the most evenly divided first, and of those the pairs with most votes "
+        "(ties left out).",
+        # Less than a person is rounding.
+        (_DECIDED >= 2) & (pl.min_horizontal(_CHOSE_0, _DECIDED - _CHOSE_0) > 0.5),
+        (-_EVENNESS.round(9), -_DECIDED),
     ),
     "consensus_against_human": Query(
         "Consensus against the humans",
@@ -190,6 +193,9 @@ def _single_votes(store: Store, ids: pl.DataFrame) -> dict[str, list[dict[str, A
     """Return the decided votes of each pair, those for image_0 first, with their annotator's reliability where known."""
     store.require(schemas.MINORITY.name)
     votes = store.scan(schemas.MINORITY).join(ids.lazy(), on="pair_id", how="semi").collect()
+    if store.manifest(schemas.ANNOTATORS.name) is not None:
+        store.require_current(schemas.ANNOTATORS.name)
+    # Where the table was not made yet nothing is known of anybody.
     reliability = store.scan(schemas.ANNOTATORS).select("annotator_id", "reliability").collect()
     votes = votes.join(reliability, on="annotator_id", how="left")
     by_pair: dict[str, list[dict[str, Any]]] = {}

@@ -127,3 +127,16 @@ def test_a_file_that_is_no_toml_is_refused_by_name(tmp_path, content):
 def test_a_folder_in_place_of_the_file_is_refused_by_name(tmp_path):
     with pytest.raises(config.ConfigError, match=str(tmp_path)):
         config.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", config.RESERVED)
+def test_a_scorer_named_like_a_judge_of_our_own_is_refused(write, name):
+    again = f'[[scorers]]\nname = "{name}"\nkind = "pickscore"\ncheckpoint = "/models/other"\n'
+    with pytest.raises(config.ConfigError, match=f"{name}.*taken"):
+        config.load(write(GOOD + again))
+
+
+def test_a_source_named_like_all_of_them_is_refused(write):
+    again = '[[sources]]\nname = "all"\nlocation = "/data/all"\n'
+    with pytest.raises(config.ConfigError, match="sources: the name 'all'"):
+        config.load(write(GOOD + again))

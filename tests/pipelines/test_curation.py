@@ -39,6 +39,7 @@ def table():
         "split": "train",
         "sources": "pap",
         "n_votes": 1,
+        "n_decided": 1,
         "is_in_cycle": False,
     }
     blank = {c: pl.lit(fixed.get(c), dtype) for c, dtype in schemas.PREFERENCES.polars_schema.items()}

@@ -25,6 +25,7 @@ def write_preferences(store, excluded=()):
     value = [int(hashlib.sha256(p.encode()).hexdigest()[:4], 16) / 0xFFFF for p in frame["pair_id"]]
     known = {
         "sources": pl.lit("pap"),
+        "n_decided": pl.col("n_votes"),
         "is_in_cycle": pl.lit(False),
         "minority_score": pl.Series(value),
         "model_0": pl.lit("renderer"),

@@ -63,6 +63,7 @@ def write_labels(store, number_of):
         | {
             "sources": "people",
             "n_votes": r["n_votes"],
+            "n_decided": r["n_votes"],
             "human_label_0": r["human_label_0"],
             "is_in_cycle": False,
             "minority_score": PROBABILITY.get(number[r["pair_id"]], 0.3),
@@ -268,3 +269,13 @@ def test_more_votes_on_the_same_prompts_do_not_narrow_an_interval():
     assert label_card.share(pl.concat([votes] * 50), "p") == pytest.approx((mean, low, high))
     assert label_card.share(votes.filter(pl.col("p").is_null()), "p") == (None, None, None)
     assert label_card.share(pl.concat([votes.head(1)] * 9), "p") == (pytest.approx(0.1), None, None)
+
+
+def test_a_reason_of_several_lines_is_of_one_kind_with_others():
+    reasons = [
+        "image_0 undecodable: line one\nline two",
+        "image_1 undecodable: broken",
+        "minority_score 0.71 > threshold 0.5",
+    ]
+    kinds = pl.DataFrame({"why": reasons}).select(label_card.reason_kind("why")).to_series().to_list()
+    assert kinds == ["image undecodable", "image undecodable", "minority_score > threshold 0.5"]

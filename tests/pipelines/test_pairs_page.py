@@ -72,7 +72,7 @@ def label(store, keys):
     on_pair = decided.group_by("pair_id").agg(n=pl.len(), for_0=(pl.col("label_0") == 1).sum())
     smaller = pl.min_horizontal("for_0", pl.col("n") - pl.col("for_0")) / pl.col("n")
     frame = frame.join(on_pair, on="pair_id", how="left").with_columns(
-        minority_share=pl.when(pl.col("n") >= 3).then(smaller)
+        n_decided=pl.col("n").fill_null(0).cast(pl.Int64), minority_share=pl.when(pl.col("n") >= 3).then(smaller)
     )
     for table in LABEL_TABLES:
         absent = {c: t for c, t in table.of(SCORERS).polars_schema.items() if c not in frame.columns}
@@ -197,8 +197,12 @@ def minority_of(row):
     return row["minority_score"] if row["minority_probability"] is None else row["minority_probability"]
 
 
-def evenness(row):
-    return 0.5 - abs(row["human_label_0"] - 0.5) if row["minority_share"] is None else row["minority_share"]
+def smaller(row):
+    """Return how many people chose the image that fewer chose."""
+    if not row["n_decided"]:
+        return 0
+    for_0 = round(row["human_label_0"] * row["n_votes"] - (row["n_votes"] - row["n_decided"]) / 2)
+    return min(for_0, row["n_decided"] - for_0)
 
 
 def scorers_side(row):
@@ -211,7 +215,7 @@ def scorers_side(row):
 
 MEANING = {
     "highest_minority": (lambda r: side(r["human_label_0"]) != 0, lambda r: -minority_of(r)),
-    "split_votes": (lambda r: r["n_votes"] > 1 and evenness(r) > 0, lambda r: (-evenness(r), -r["n_votes"])),
+    "split_votes": (lambda r: smaller(r) > 0, lambda r: (-round(smaller(r) / r["n_decided"], 9), -r["n_decided"])),
     "consensus_against_human": (
         lambda r: side(r["human_label_0"]) * side(r["consensus_label_0"]) == -1,
         lambda r: (-r["agreement"], -abs(r["p_ensemble"] - 0.5)),
@@ -359,6 +363,16 @@ def test_ties_are_the_people_who_did_not_decide(labelled_copy, preferences):
     change(store, schemas.PREFERENCES, row["pair_id"], n_votes=4)
     (pair,) = read(pairs_page.page(store, keys, where=f"pair_id = '{row['pair_id']}'")).pairs.values()
     assert "1 left : 3 ties : 0 right" in pair["text"]
+
+
+def test_pairs_on_which_everybody_is_undecided_are_no_split_votes(labelled_copy, preferences):
+    store, keys = labelled_copy
+    pair_id = preferences[0]["pair_id"]
+    change(store, schemas.PREFERENCES, pair_id, n_votes=5, n_decided=0, human_label_0=0.5, minority_share=None)
+    assert pair_id not in shown(pairs_page.page(store, keys, query="split_votes", limit=1000))
+    # Two people for one image, two for the other, and a tie.
+    change(store, schemas.PREFERENCES, pair_id, n_decided=4, minority_share=0.5)
+    assert pair_id in shown(pairs_page.page(store, keys, query="split_votes", limit=1000))
 
 
 def test_single_votes_beyond_what_is_shown_are_counted_and_reliabilities_come_along(labelled_copy, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from pipelines import catalogue, schemas, steps
-from pipelines.config import Config, LabelsConfig, ScorerConfig, small_world
+from pipelines.config import Config, ConfigError, LabelsConfig, ScorerConfig, small_world
 from pipelines.labels import margins as mar
 from pipelines.scoring import batches
 from pipelines.tables import Store, StoreError
@@ -340,8 +340,50 @@ def test_a_catalogue_that_has_not_seen_every_shard_is_refused(made_copy):
 
 def test_the_published_constants_are_refused_where_no_cosine_is_known(made_copy):
     store, config, keys = made_copy
-    with pytest.raises(ValueError, match="scores of 'pick' are not known to hold a cosine"):
+    with pytest.raises(
+        ConfigError, match=r"'pick' is of kind 'imported'.*set labels.smpo_scorer to one of kind 'pickscore'"
+    ):
         build(store, with_labels(config, smpo_constants="published"), keys)
+
+
+@pytest.mark.parametrize(
+    ("options", "table", "why"),
+    [
+        ({"tie_policy": "drop"}, "preferences", "consensus was made under other options"),
+        ({"generator_term": True}, "minority", "calibration was made under other options"),
+        ({"em": True}, "annotators", "minority was made under other options"),
+    ],
+)
+def test_a_table_made_under_other_options_is_refused_by_those_that_read_it(made_copy, options, table, why):
+    store, config, keys = made_copy
+    before = store.read(schemas.TABLES[table])
+    with pytest.raises(StoreError, match=f"{why}.*materialize {why.split()[0]} again"):
+        build(store, with_labels(config, **options), keys, [table])
+    assert store.read(schemas.TABLES[table]).equals(before)
+
+
+def test_a_table_of_other_scorers_or_older_code_is_refused_by_those_that_read_it(made_copy, monkeypatch):
+    store, config, keys = made_copy
+    fewer = config.model_copy(update={"scorers": config.scorers[:2]})
+    with pytest.raises(StoreError, match=r"margins was made (from another|under other)"):
+        build(store, fewer, keys, ["preferences"])
+    monkeypatch.setattr(steps, "CODE_VERSION", "another")
+    with pytest.raises(StoreError, match="another version of the program; materialize margins again"):
+        build(store, config, keys, ["calibration"])
+
+
+def test_a_store_without_any_pair_has_every_table_without_rows_of_pairs(
+    tmp_path, write_pickapic, raw_rows, ingest_all, made, sources_of
+):
+    _, config, _ = made
+    write_pickapic(tmp_path / "pickapic", [{**r, "caption": None} for r in raw_rows[:3]])
+    store = Store(str(tmp_path / "store"))
+    keys = ingest_all(store, sources_of(tmp_path)[:1])
+    config = config.model_copy(update={"sources": sources_of(tmp_path)[:1]})
+    score(store, config, keys)
+    built = build(store, config, keys)
+    of_pairs = ("margins", "consensus", "smoothed", "minority", "preferences")
+    assert [built[n].manifest.rows for n in of_pairs] == [0] * len(of_pairs)
 
 
 # --- real models ---------------------------------------------------------------------------------------------------
@@ -359,8 +401,11 @@ def test_the_scale_of_a_pickscore_comes_from_its_manifest_and_a_clip_scores_cosi
     extra = next(m.extra for m in store.manifests("scores") if m.partition.startswith("pickscore/"))
     assert scales == {"pickscore": extra["logit_scale"], "clip": 1.0, "ensemble": None}
     assert scales["pickscore"] > 5
-    # Both are the cosine of one checkpoint: SmPO's form does not see the unit.
+    d = store.read(schemas.MARGINS)
+    low, high = 0.11543526500463486, 0.28201571106910706
+    cosine = (d["score_0_pickscore"] - d["score_1_pickscore"]).to_numpy() / scales["pickscore"]
+    expected = 1 / (1 + np.exp(-cosine / (high - low)))
+    assert store.read(schemas.SMOOTHED)["p_smpo"].to_list() == pytest.approx(expected.tolist(), abs=1e-5)
     clip = config.model_copy(update={"labels": LabelsConfig(smpo_constants="published", smpo_scorer="clip")})
-    of_pickscore = store.read(schemas.SMOOTHED)["p_smpo"]
-    assert rebuilt(store, clip, keys) == {"smoothed", "preferences"}
-    assert store.read(schemas.SMOOTHED)["p_smpo"].to_list() == pytest.approx(of_pickscore.to_list(), abs=1e-5)
+    with pytest.raises(ConfigError, match="'clip' is of kind 'clip'"):
+        build(store, clip, keys)

@@ -8,7 +8,7 @@ from scipy.stats import beta
 from pipelines import schemas
 from pipelines.labels import annotators as ann
 from pipelines.labels import minority as mino
-from pipelines.labels.intervals import wilson
+from pipelines.labels.intervals import clustered_share, wilson
 
 
 def sigmoid(x):
@@ -306,7 +306,8 @@ def test_the_position_bias_of_a_source_is_counted_with_its_interval(agreement_of
     swaps = [False, True, None, False, True, True, None]
     row = agreement_of({"x": "p", "y": "q", "z": "r"}, ROWS, swaps)["all"]
     # Decided with a known order: x a (first), x b (second), y a (first: image_1 stood first), y two people (first).
-    low, high = (float(v) for v in wilson(4 / 5, 5))
+    expected = clustered_share(np.array([1.0, 3.0]), np.array([2.0, 3.0]), np.arange(2))
+    low, high = expected[1:]
     assert [row[c] for c in ("placed", "first_share", "first_low", "first_high")] == [5, 0.8, low, high]
 
 
@@ -369,3 +370,10 @@ def test_one_vote_per_pair_and_no_votes_have_no_agreement(agreement_of):
         row = agreement_of({"x": "p", "y": "q"}, rows)["all"]
         assert (row["pairs"], row["ratings"], row["raters"], row["placed"]) == (0, 0, 0, 0)
         assert [row[c] for c in unknown] == [None] * 6
+
+
+def test_whoever_always_chooses_the_first_picture_has_a_share_within_the_scale(tables_of):
+    # Wilson's upper end of 11 of 11 is above 1 by rounding.
+    pairs = {f"x{k}": (f"p{k}", 0.5) for k in range(11)}
+    table, _ = tables_of(pairs, [(p, "a", 1.0) for p in pairs], was_swapped=[False] * 11)
+    assert schemas.ANNOTATORS.conform(table)["first_high"].to_list() == [1.0]

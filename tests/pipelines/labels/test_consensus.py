@@ -304,11 +304,11 @@ def test_the_report_by_hand(reported):
         return pairs, labelled, votes, accuracy
 
     assert counts("majority", "2 of 2") == (3, 3, 4, 2 / 4)
-    # The humans decide the even pair, and agree with themselves.
-    assert counts("majority", "0 of 2") == (1, 1, 2, 1.0)
+    # The humans decide the even pair, and would agree with themselves.
+    assert counts("majority", "0 of 2") == (1, 0, 0, None)
     assert counts("majority", "1 of 1") == (1, 1, 1, 1.0)
     assert counts("majority", "0 of 0") == (1, 0, 0, None)
-    assert counts("majority", "all") == (6, 5, 7, pytest.approx(5 / 7))
+    assert counts("majority", "all") == (6, 4, 5, pytest.approx(3 / 5))
     assert counts("a", "all") == (6, 5, 7, pytest.approx(3 / 7))
     assert counts("b", "all") == (6, 4, 6, pytest.approx(4 / 6))
     assert counts("raw_sum", "0 of 2") == (1, 1, 2, 1.0)
@@ -316,10 +316,29 @@ def test_the_report_by_hand(reported):
 
 
 def test_the_intervals_of_the_report_take_prompts_as_clusters(reported):
-    # Right of all by prompt: p 2 of 4, q 2 of 2, r 1 of 1.
-    expected = clustered_share(np.array([2.0, 2.0, 1.0]), np.array([4.0, 2.0, 1.0]), np.arange(3))
+    # Right of all by prompt: p 2 of 4, r 1 of 1.
+    expected = clustered_share(np.array([2.0, 1.0]), np.array([4.0, 1.0]), np.arange(2))
     assert reported["majority", "all"][3:] == pytest.approx(expected)
     assert reported["majority", "0 of 0"][3:] == (None, None, None)
+    assert reported["majority", "2 of 2"][3:] == (0.5, None, None), "one prompt does not tell how prompts differ"
+
+
+@pytest.mark.parametrize("options", [{"tie_policy": "human"}, {"tie_policy": "drop", "human_votes": True}], ids=str)
+def test_scorers_that_know_nothing_agree_with_half_of_the_votes_whatever_the_humans_decide(
+    margins_of, votes_of, hexadecimal, options
+):
+    rng = np.random.default_rng(5)
+    names = [hexadecimal(k) for k in range(3_000)]
+    margins = margins_of(
+        {s: rng.normal(size=3_000) for s in "abcd"}, names, [hexadecimal(f"p{k}") for k in range(3_000)]
+    )
+    label = rng.integers(0, 2, 3_000).astype(float)
+    votes = votes_of([(n, None, v) for n, v in zip(names, label, strict=True)])
+    table = con.consensus(margins, pl.Series(label), list("abcd"), **options)
+    report = con.report(table, margins, cal.votes_per_pair(margins, votes), list("abcd"))
+    found = report.filter(pl.col("aggregation") == "majority", pl.col("accuracy").is_not_null())
+    assert set(found["level"]) == {"all", "2 of 4", "4 of 4"}
+    assert all(abs(a - 0.5) < 0.06 for a in found["accuracy"])
 
 
 def test_the_levels_of_the_report_add_up_to_all(reported):

@@ -99,3 +99,11 @@ def test_the_interval_over_clusters_covers_where_the_one_over_votes_does_not():
         covered += low <= 0.7 <= high, plain[0] <= 0.7 <= plain[1]
     assert covered[0] / 400 > 0.92
     assert covered[1] / 400 < 0.85
+
+
+def test_no_interval_leaves_the_scale():
+    n = np.arange(1, 3_000)
+    for share in (0.0, 1.0):
+        low, high = wilson(np.full(len(n), share), n)
+        assert low.min() >= 0
+        assert high.max() <= 1

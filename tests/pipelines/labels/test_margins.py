@@ -116,7 +116,9 @@ def test_rows_are_found_for_pairs_in_any_order_and_more_than_once():
 
 
 def test_a_pair_that_the_margins_lack_is_refused_with_what_to_do():
-    with pytest.raises(ValueError, match="2 votes are on pairs that `margins` lacks; build it again from these pairs"):
+    with pytest.raises(
+        ValueError, match="2 votes are on pairs that `margins` lacks; build the catalogue and `margins` again"
+    ):
         mar.rows_of(margins(), pl.Series(["1", "7", "8"]))
 
 
@@ -146,3 +148,23 @@ def test_folds_are_of_similar_size():
     sizes = ids.group_by(mar.fold().alias("f")).len()
     assert sorted(sizes["f"]) == [0, 1, 2, 3, 4]
     assert sizes["len"].min() > 320
+
+
+def test_generators_are_those_that_one_vote_names_together(hexadecimal):
+    pairs = pl.DataFrame({"pair_id": ["x", "y", "z", "w"]})
+    rows = [
+        ("x", "A", "Z"),
+        ("x", "B", "C"),
+        ("y", None, "D"),
+        ("y", "E", None),
+        ("z", None, None),
+        ("w", "B", None),
+        ("w", "C", "A"),
+    ]
+    votes = pl.DataFrame(rows, schema=["pair_id", "model_0", "model_1"], orient="row")
+    expected = [("x", "A", "Z"), ("y", "E", "D"), ("w", "C", "A")]
+    for order in (votes, votes.reverse(), votes.with_columns(pl.col("model_0", "model_1").cast(pl.Categorical))):
+        assert mar.models(order, pairs).rows() == expected
+    nobody = votes.with_columns(model_0=pl.lit(None, pl.String), model_1=pl.lit(None, pl.String))
+    assert mar.models(nobody, pairs).rows() == []
+    assert mar.models(votes.clear(), pairs.clear()).rows() == []
