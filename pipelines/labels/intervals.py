@@ -62,7 +62,7 @@ def clustered_share(right: np.ndarray, count: np.ndarray, clusters: np.ndarray) 
     if not total:
         return None, None, None
     share = float(right.sum()) / total
-    if len(np.unique(clusters[count > 0])) < 2:
+    if np.count_nonzero(np.bincount(clusters, count)) < 2:
         return share, None, None
     low, high = wilson(share, total / design_effect(right, count, clusters))
     return share, float(low), float(high)
