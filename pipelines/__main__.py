@@ -60,8 +60,7 @@ def _tell(name: str, built: Built) -> None:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return its exit status."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pipelines", description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("what", choices=("run", *ORDER, *NAMED, "scorers", "card"))
     parser.add_argument(
@@ -87,6 +86,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, default=200, help="pairs: pairs shown on a page at most")
     parser.add_argument("--blur", type=float, default=0.0, help="pairs: blur pictures, percent of their longer side")
     parser.add_argument("--out", help="pairs: file of the page; default: pairs/<query>.html in the store")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return its exit status."""
+    parser = _parser()
     options = parser.parse_args(arguments)
     if options.names and options.what not in NAMED:
         parser.error(f"{options.what} takes no names, found {options.names}")
