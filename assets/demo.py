@@ -17,7 +17,7 @@ from assets.jobs import EVERYTHING, PREPARE
 from assets.metadata import REUSED
 from assets.partitions import SHARDS
 from assets.resources import Polyphony
-from pipelines import schemas
+from pipelines import label_card, schemas
 from pipelines.config import small_world
 from pipelines.tables import Store
 
@@ -132,6 +132,8 @@ def tell(store: Store, is_as_shipped: bool, reused: int, total: int, seconds: fl
     print(f"        polars.read_parquet('{store.data_path('preferences')}')")
     store.publish("report.png", report.summary_picture(store, board))
     print(f"Look:   {store.path('report.png')}")
+    print(f"        {store.path('pairs', 'index.html')}   (pairs that people and scorers disagree on, in a browser)")
+    print(f"        {store.path(label_card.FILE)}   (who voted, agreement, what each pair policy drops)")
     print("          make ui   (runs, lineage, metadata, sample pictures; http://127.0.0.1:3000)")
     return 1 if broken else 0
 
