@@ -25,7 +25,8 @@ def column_schema(table: schemas.Table) -> dg.TableSchema:
             dg.TableColumn(
                 c.name,
                 str(c.dtype),
-                c.meaning,
+                # The UI takes what stands in angle brackets for HTML.
+                c.meaning.replace("<", "&lt;"),
                 dg.TableColumnConstraints(nullable=c.nullable, unique=(c.name,) == table.key),
             )
             for c in table.columns

@@ -40,3 +40,8 @@ def test_of_nothing_it_is_not_said_that_it_lay_there_already(store):
     metadata = meta.of_builts(store, schemas.SCORER_PRECISION, [])
     assert metadata["dagster/row_count"] == 0
     assert meta.REUSED not in metadata
+
+
+def test_what_stands_in_angle_brackets_is_text_in_the_column_tab():
+    meanings = {c.name: c.description for c in meta.column_schema(schemas.MINORITY).columns}
+    assert meanings["annotator_id"].startswith("'&lt;family>:&lt;id>'")
