@@ -28,6 +28,7 @@ RESAMPLES = 1_000
 _PRIOR_STRENGTH = (2.0, 2_000.0)
 """Bounds of a + b: where all annotators seem alike the likelihood has no maximum."""
 _VALUES = (0.0, 0.5, 1.0)
+_WHO = pl.col("annotator_id").fill_null(UNKNOWN)
 
 
 def annotators(votes: pl.DataFrame, margins: pl.DataFrame, minority: pl.DataFrame) -> pl.DataFrame:
@@ -37,67 +38,60 @@ def annotators(votes: pl.DataFrame, margins: pl.DataFrame, minority: pl.DataFram
         votes: pair_id, annotator_id, label_0, people, was_swapped of the counted votes.
         minority: the minority table of the same votes.
     """
-    who = pl.col("annotator_id").fill_null(UNKNOWN)
-    names = votes.select(who).to_series().unique().sort()
-
-    def numbers(frame: pl.DataFrame) -> np.ndarray:
-        at = pl.DataFrame({"annotator_id": names}).with_row_index("at")
-        frame = frame.select(who).join(at, on="annotator_id", how="left", maintain_order="left")
-        return frame["at"].to_numpy().astype(np.int64)
-
-    def total(at: np.ndarray, values: np.ndarray) -> np.ndarray:
-        return np.bincount(at, values, minlength=len(names))
-
-    at, people, label = numbers(votes), votes["people"].to_numpy().astype(float), votes["label_0"].to_numpy()
+    names = votes.select(_WHO).to_series().unique().sort()
     prompts = mar.codes(margins["prompt_id"])
-    prompt = prompts[mar.vote_rows(margins, votes)]
-    sittings, sitting = np.unique(at * (prompts.max(initial=0) + 1) + prompt, return_inverse=True)
-    seen = sittings // (prompts.max(initial=0) + 1)
-    placed, first = _placed(votes)
-    placed_n, first_n = total(at, placed), total(at, first)
-    first_low, first_high = wilson(_ratio(first_n, placed_n), placed_n / design_effect(first, placed, sitting, at))
+    counts = _voted(votes, _numbers(votes, names), prompts[mar.vote_rows(margins, votes)], len(names))
+    counts |= _judged(
+        minority, _numbers(minority, names), prompts[mar.rows_of(margins, minority["pair_id"])], len(names)
+    )
+    score = counts.pop("surplus") / (counts.pop("judged") + PRIOR_VOTES)
+    counts["annotator_score"] = np.where(names == UNKNOWN, 0.0, score)
+    columns = {}
+    for column, dtype in schemas.ANNOTATORS.polars_schema.items():
+        if column != "annotator_id":
+            values = pl.Series(counts[column], dtype=pl.Float64)
+            columns[column] = values.round().cast(pl.Int64) if dtype == pl.Int64 else values.fill_nan(None)
+    return pl.DataFrame({"annotator_id": names, **columns})
 
-    its = numbers(minority)
-    against = minority["share_against"].fill_null(np.nan).to_numpy()
-    decided, chosen = (
-        minority["people"].to_numpy().astype(float),
-        minority["minority_score"].fill_null(np.nan).to_numpy(),
+
+def _numbers(frame: pl.DataFrame, names: pl.Series) -> np.ndarray:
+    """Return the place of every row's annotator among `names`, [N]."""
+    places = names.to_frame("annotator_id").with_row_index("at")
+    found = frame.select(_WHO).join(places, on="annotator_id", how="left", maintain_order="left")
+    return found["at"].to_numpy().astype(np.int64)
+
+
+def _voted(votes: pl.DataFrame, who: np.ndarray, prompt: np.ndarray, annotators: int) -> dict[str, np.ndarray]:
+    """Return what is counted of all votes, [annotators] each: decided ones, ties, prompts, and those for the first image."""
+    people, label = votes["people"].to_numpy().astype(float), votes["label_0"].to_numpy()
+    placed, first = _placed(votes)
+    of_sittings, sitting = mar.together(who, prompt)
+    ties, decided, n, k = (
+        np.bincount(who, v, minlength=annotators)
+        for v in (people * (label == 0.5), people * (label != 0.5), placed, first)
+    )
+    low, high = wilson(_ratio(k, n), n / design_effect(first, placed, sitting, who))
+    prompts = np.bincount(of_sittings, minlength=annotators)
+    shares = {"first_share": _ratio(k, n), "first_low": low, "first_high": high}
+    return {"votes": decided, "ties": ties, "prompts": prompts, "placed": n, **shares}
+
+
+def _judged(minority: pl.DataFrame, who: np.ndarray, prompt: np.ndarray, annotators: int) -> dict[str, np.ndarray]:
+    """Return what others and the ensemble say of decided votes, [annotators] each; surplus and judged make the score."""
+    people, against, score = (
+        minority[c].cast(pl.Float64).fill_null(np.nan).to_numpy() for c in ("people", "share_against", "minority_score")
     )
     is_compared = ~np.isnan(against) & (against != 0.5)
-    compared, agreeing = decided * is_compared, decided * (is_compared & (against < 0.5))
-    its_prompt = prompts[mar.rows_of(margins, minority["pair_id"])]
-    its_sitting = np.unique(its * (prompts.max(initial=0) + 1) + its_prompt, return_inverse=True)[1]
-    effect = design_effect(agreeing, compared, its_sitting, its)
-    n, k = total(its, compared), total(its, agreeing)
-    mean, low, high = _reliability(k / effect, n / effect)
+    compared, agreeing = people * is_compared, people * (is_compared & (against < 0.5))
     with np.errstate(divide="ignore", invalid="ignore"):
-        toward = np.log1p(-chosen) - np.log(chosen)
-    known = ~np.isnan(chosen)
-    surplus, judged = total(its, decided * agreement_surplus(toward)), total(its, decided * known)
-    numbers_of = {
-        "votes": total(at, people * (label != 0.5)),
-        "ties": total(at, people * (label == 0.5)),
-        "prompts": np.bincount(seen, minlength=len(names)),
-        "compared": n,
-        "agreeing": k,
-        "placed": placed_n,
-    }
-    shares = {
-        "reliability": mean,
-        "reliability_low": low,
-        "reliability_high": high,
-        "annotator_score": np.where(names == UNKNOWN, 0.0, surplus / (judged + PRIOR_VOTES)),
-        "first_share": _ratio(first_n, placed_n),
-        "first_low": first_low,
-        "first_high": first_high,
-    }
-    return pl.DataFrame(
-        {
-            "annotator_id": names,
-            **{c: pl.Series(v.round(), dtype=pl.Float64).cast(pl.Int64) for c, v in numbers_of.items()},
-            **{c: pl.Series(v).fill_nan(None) for c, v in shares.items()},
-        }
-    ).select(list(schemas.ANNOTATORS.polars_schema))
+        surplus = people * agreement_surplus(np.log1p(-score) - np.log(score))
+    n, k, total, judged = (
+        np.bincount(who, v, minlength=annotators) for v in (compared, agreeing, surplus, people * ~np.isnan(score))
+    )
+    effect = design_effect(agreeing, compared, mar.together(who, prompt)[1], who)
+    mean, low, high = _reliability(k / effect, n / effect)
+    shares = {"reliability": mean, "reliability_low": low, "reliability_high": high}
+    return {"compared": n, "agreeing": k, "surplus": total, "judged": judged, **shares}
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

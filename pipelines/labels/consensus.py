@@ -124,12 +124,11 @@ def report(consensus: pl.DataFrame, margins: pl.DataFrame, humans: PairVotes, sc
     which counts half). Intervals take prompts as clusters.
     """
     prompts = mar.codes(margins["prompt_id"])
-    votes_of = {s: consensus[f"vote_{s}"].cast(pl.Float64) for s in scorers}
-    total = pl.select(pl.sum_horizontal(*(pl.lit(v) for v in votes_of.values()))).to_series().to_numpy()
+    of_scorers = np.stack([consensus[f"vote_{s}"].cast(pl.Float64).fill_null(np.nan).to_numpy() for s in scorers])
+    total, voters = np.nansum(of_scorers, 0), np.count_nonzero(~np.isnan(of_scorers), 0)
     ways = {"majority": _label(total), **{a: consensus[f"{a}_label_0"] for a in AGGREGATIONS if a != "majority"}}
-    ways |= {s: (v.replace(0.0, None) + 1) / 2 for s, v in votes_of.items()}
+    ways |= {s: _label(v) for s, v in zip(scorers, of_scorers, strict=True)}
     surplus = np.abs(total).astype(np.int64)
-    voters = np.sum([v.is_not_null().to_numpy() for v in votes_of.values()], 0).astype(np.int64)
     level = voters * (voters.max(initial=0) + 1) + surplus
     order = np.argsort(level, kind="stable")
     found, starts = np.unique(level[order], return_index=True)

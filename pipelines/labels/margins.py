@@ -128,6 +128,13 @@ def codes(values: pl.Series) -> np.ndarray:
     return found["code"].to_numpy().astype(np.int64)
 
 
+def together(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the distinct pairs of two codes as the code of `first` of each, [M], and which of them every row has, [N]."""
+    width = second.max(initial=0) + 1
+    distinct, which = np.unique(first * width + second, return_inverse=True)
+    return distinct // width, which
+
+
 def vote_rows(margins: pl.DataFrame, votes: pl.DataFrame) -> np.ndarray:
     """Return the row of `margins` of every vote, int64 [N]: its column `row` where somebody has looked already.
 

@@ -199,7 +199,7 @@ def annotator_score(those: Rated, toward: np.ndarray, prompt: np.ndarray) -> np.
         return result
     who, people = those.annotator[known], those.people[known] * ~np.isnan(toward[known])
     surplus = people * agreement_surplus(toward[known])
-    _, here = np.unique(who * (prompt.max() + 1) + prompt[known], return_inverse=True)
+    _, here = mar.together(who, prompt[known])
     total, n = (np.bincount(who, v)[who] - np.bincount(here, v)[here] for v in (surplus, people))
     result[known] = total / (n + PRIOR_VOTES)
     return result

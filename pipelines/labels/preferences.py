@@ -36,12 +36,13 @@ def preferences(
     """Yield the preferences table in pieces, in the order of `pairs`.
 
     Args:
-        pairs: pair keys, n_votes, human_label_0, cycle; sorted by pair_id, as the next five are, row by row.
-        margins, metrics, consensus, smoothed: of the modules of these names (metrics: of minority.pair_metrics).
+        pairs: pair keys, n_votes, human_label_0, cycle; sorted by pair_id.
+        margins, metrics, consensus, smoothed: of the modules of these names (metrics: of minority.pair_metrics), row by row
+            of these pairs.
         prompts: prompt_id, prompt, split. votes: the counted votes. minority: the minority table.
-        sources: pair_id, source of all votes, counted or not.
+        sources: pair_id (or row, see margins.vote_rows) and source of all votes, counted or not.
         problems: scorer, image_id, prompt_id, status, reason of the scores that are none.
-        images: image_id, status, reason of every image of every shard.
+        images: image_id, status, reason of every shard that has an image, of all images that are not ok in one of them.
 
     Raises:
         ValueError: a table was made from other pairs.
