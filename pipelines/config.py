@@ -128,9 +128,12 @@ class BackboneConfig(_Model):
     """The text-to-image model that is trained."""
 
     name: str = pydantic.Field(pattern=r"^[a-z0-9_.-]+$", description="name in the tables")
-    family: Literal["tiny", "sd15", "sd21"] = pydantic.Field(description="what kind of pipeline it is")
+    family: Literal["tiny", "sd15", "sd21", "sdxl"] = pydantic.Field(description="what kind of pipeline it is")
     checkpoint: str = pydantic.Field(description="local diffusers folder or hub id")
     resolution: int = pydantic.Field(512, ge=8, description="pixels, square")
+    vae: str = pydantic.Field(
+        "", description="folder or hub id of another autoencoder, e.g. SDXL's fp16-safe one; empty: the checkpoint's"
+    )
 
 
 class PromptSuiteConfig(_Model):
@@ -175,17 +178,48 @@ class LabelsConfig(_Model):
     em: bool = pydantic.Field(False, description="fill minority.em_probability, a second opinion by joint EM")
 
 
+class ValidationConfig(_Model):
+    """What is looked at while a run trains."""
+
+    every: int = pydantic.Field(20, ge=0, description="optimiser steps between validations; 0: none")
+    pairs: int = pydantic.Field(128, ge=1, description="held-out pairs: the first ones by id")
+    draws: int = pydantic.Field(4, ge=1, description="fixed (timestep, noise) draws per pair")
+    prompts: int = pydantic.Field(8, ge=0, description="held-out prompts that are sampled, one picture each; 0: none")
+    scorer: str = pydantic.Field("", description="scorer of the samples' median score; empty: the first not imported")
+    best_by: str = pydantic.Field(
+        "implicit_accuracy_human",
+        description="metric that chooses the best checkpoint: implicit_accuracy_<labels>, loss_<labels> (human, consensus, "
+        "minority), median_score",
+    )
+
+
 class TrainingConfig(_Model):
     """Numbers a person varies without making another recipe."""
 
     recipes: tuple[str, ...] = pydantic.Field(
-        ("diffusion_dpo", "balanced_dpo"), description="recipes of trainers/recipes.py"
+        ("diffusion_dpo", "adaptive_dpo", "smpo", "balanced_dpo"), description="recipes of trainers/recipes.py"
     )
     backbone: str = pydantic.Field("", description="backbone that is trained; empty: the first")
     device: str = pydantic.Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     seed: int = pydantic.Field(0, description="seed of order, timesteps and noise")
     steps: int | None = pydantic.Field(None, ge=1, description="optimiser steps; the recipe's own if absent")
+    batch_size: int | None = pydantic.Field(None, ge=1, description="pairs per step; the recipe's own if absent")
+    micro_batch: int | None = pydantic.Field(
+        None, ge=1, description="pairs per forward of a process; absent: the step's pairs over the processes"
+    )
+    processes: int = pydantic.Field(1, ge=1, description="training processes on this machine; one GPU each")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = pydantic.Field(
+        "auto", description="of matrix products, weights stay float32; auto: bf16 on a GPU that has it, else fp32"
+    )
+    activation_checkpointing: bool = pydantic.Field(False, description="recompute activations: less memory, more time")
+    compile: bool = pydantic.Field(False, description="torch.compile the models")
     checkpoint_every: int = pydantic.Field(10, ge=1, description="optimiser steps between checkpoints")
+    loss_limit: float = pydantic.Field(100.0, gt=0, description="a mean loss above it stops the run")
+    log_pairs: bool = pydantic.Field(False, description="write margin, weight and c, v, u per pair and step")
+    export: Literal["last", "best"] = pydantic.Field(
+        "last", description="the weights that become the run's model: those of the last step or the best validation's"
+    )
+    validation: ValidationConfig = ValidationConfig()
 
 
 class EvaluationConfig(_Model):
