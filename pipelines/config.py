@@ -176,6 +176,10 @@ class LabelsConfig(_Model):
         False, description="the ensemble also learns which generators people like (it learns their bias)"
     )
     em: bool = pydantic.Field(False, description="fill minority.em_probability, a second opinion by joint EM")
+    groups_file: str = pydantic.Field(
+        "",
+        description="parquet file (annotator_id, group) of groups of your own, a path or fsspec URL; empty: they are found",
+    )
 
 
 class ValidationConfig(_Model):

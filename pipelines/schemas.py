@@ -843,18 +843,65 @@ PREFERENCES = Table(
     cut_by="whole",
     version=3,
 )
+ANNOTATOR_GROUPS = Table(
+    "annotator_groups",
+    "annotator with a counted vote; 'unknown': all unknown ones together",
+    (
+        Column("annotator_id", pl.String, "'<family>:<id>', or 'unknown'"),
+        Column("votes", pl.Int64, "people behind the decided votes on pairs that every scorer scored"),
+        Column(
+            "group",
+            pl.Int32,
+            "group of people who vote alike, 0 having most votes (labels.groups_file: as given); -1: not known",
+            low=-1,
+        ),
+        Column(
+            "status",
+            pl.String,
+            "'ok', or why there is no group: fewer than 20 votes, not in labels.groups_file, unknown",
+            values=("ok", "few_votes", "not_given", "unknown"),
+        ),
+        Column(
+            "weight_{scorer}",
+            pl.Float64,
+            "weight of {scorer}'s standardised difference z in their choices, drawn to that of all annotators by 20 votes; "
+            "null: none was learned",
+            nullable=True,
+        ),
+    ),
+    key=("annotator_id",),
+    cut_by="whole",
+)
+PAIR_GROUPS = Table(
+    "pair_groups",
+    "pair",
+    (
+        _PAIR_KEYS[0],
+        Column("group", pl.Int32, "group of most known ones of those who voted for the humans' side; -1: none", low=-1),
+        Column(
+            "status",
+            pl.String,
+            "'ok', or why there is none: the humans have no side, nobody of a known group voted for it, groups are even",
+            values=("ok", "no_side", "unknown", "tied"),
+        ),
+    ),
+    key=("pair_id",),
+    cut_by="whole",
+)
 LATENTS = Table(
     "latents",
     "image encoded by a backbone's autoencoder",
     (
         _IMAGE_ID,
-        Column("mean", pl.Binary, "float16 [4, H/8, W/8], C order, unscaled"),
+        Column("is_flipped", pl.Boolean, "of the mirrored picture; only where a recipe mirrors pairs"),
+        Column("mean", pl.Binary, "float16 [C, height, width] of the posterior's mean, C order, unscaled"),
         Column("log_variance", pl.Binary, "float16, same shape"),
         Column("height", pl.Int32, "of the latent, cells"),
         Column("width", pl.Int32, "of the latent, cells"),
     ),
-    key=("image_id",),
+    key=("image_id", "is_flipped"),
     cut_by="backbone/shard",
+    version=2,
 )
 PROMPT_EMBEDDINGS = Table(
     "prompt_embeddings",
@@ -864,9 +911,32 @@ PROMPT_EMBEDDINGS = Table(
         Column("embedding", pl.Binary, "float16 [tokens, width], C order"),
         Column("tokens", pl.Int32, "length"),
         Column("width", pl.Int32, "channels"),
+        Column(
+            "pooled",
+            pl.Binary,
+            "float16 [pooled_width] of the whole prompt; null: the backbone has none",
+            nullable=True,
+        ),
+        Column("pooled_width", pl.Int32, "channels of pooled", nullable=True),
     ),
     key=("prompt_id",),
     cut_by="backbone",
+    version=2,
+)
+TRAJECTORIES = Table(
+    "trajectories",
+    "noise level of an image inverted under a prompt by a reference model",
+    (
+        _IMAGE_ID,
+        Column("prompt_id", pl.String, "prompt that the model was told; 'empty': the empty prompt"),
+        Column("is_flipped", pl.Boolean, "whether the picture was mirrored before it was encoded"),
+        Column("level", pl.Int32, "timestep whose noise the latent has"),
+        Column("latent", pl.Binary, "float16 [channels, height, width], C order, scaled: as the UNet sees it"),
+        Column("height", pl.Int32, "of the latent, cells"),
+        Column("width", pl.Int32, "of the latent, cells"),
+    ),
+    key=("image_id", "prompt_id", "is_flipped", "level"),
+    cut_by="backbone/mode/part",
 )
 TRAINING_METRICS = Table(
     "training_metrics",
@@ -875,13 +945,58 @@ TRAINING_METRICS = Table(
         Column("step", pl.Int64, "optimiser steps done"),
         Column("loss", pl.Float64, "mean over the pairs of the step"),
         Column(
-            "implicit_accuracy", pl.Float64, "share of the step's pairs with margin s > 0, ties half", **_PROBABILITY
+            "implicit_accuracy",
+            pl.Float64,
+            "share of the step's pairs with margin s > 0, ties half; null for objectives without reference",
+            nullable=True,
+            **_PROBABILITY,
         ),
-        Column("margin", pl.Float64, "mean s"),
-        Column("gradient_norm", pl.Float64, "L2, before clipping"),
-        Column("pairs_per_second", pl.Float64, "speed"),
+        Column("margin", pl.Float64, "mean s", nullable=True),
+        Column("winner_change", pl.Float64, "mean L_policy - L_reference of the winners; < 0: learned", nullable=True),
+        Column("loser_change", pl.Float64, "mean L_policy - L_reference of the losers", nullable=True),
+        Column("drift", pl.Float64, "mean squared difference of the policy's and the reference's predictions", True),
+        Column("gradient_norm", pl.Float64, "L2, before clipping; null: float16 overflowed, the step was left out", True),
+        Column("learning_rate", pl.Float64, "of the step"),
+        Column("pairs_per_second", pl.Float64, "speed, all processes together"),
+        Column("peak_memory_mib", pl.Float64, "of the first process so far: GPU memory, else resident memory"),
     ),
     key=("step",),
+    cut_by="recipe",
+    version=2,
+)
+TRAINING_VALIDATIONS = Table(
+    "training_validations",
+    "(validation, metric) of a run",
+    (
+        Column("step", pl.Int64, "optimiser steps done; 0: before training"),
+        Column(
+            "metric",
+            pl.String,
+            "implicit_accuracy_<labels> and loss_<labels> of held-out pairs against the model at the start (labels: human; "
+            "consensus; minority: the human side of pairs whose minority value exceeds 0.5), median_score of samples",
+        ),
+        Column("value", pl.Float64, "of the metric"),
+        Column("count", pl.Int64, "pairs or samples behind it"),
+    ),
+    key=("step", "metric"),
+    cut_by="recipe",
+)
+TRAINING_PAIRS = Table(
+    "training_pairs",
+    "pair of an optimiser step of a run, if training.log_pairs",
+    (
+        Column("step", pl.Int64, "optimiser steps done after it"),
+        Column("pair_id", pl.String, "pair, as in preferences"),
+        Column("epoch", pl.Int64, "how often the pair had come before"),
+        Column("timestep", pl.Int64, "of the noise"),
+        Column("loss", pl.Float64, "of the pair"),
+        Column("margin", pl.Float64, "s", nullable=True),
+        Column("confidence", pl.Float64, "c of Adaptive-DPO", nullable=True),
+        Column("stability", pl.Float64, "v of Adaptive-DPO", nullable=True),
+        Column("metric", pl.Float64, "u of Adaptive-DPO", nullable=True),
+        Column("weight", pl.Float64, "W of Adaptive-DPO", nullable=True),
+    ),
+    key=("step", "pair_id", "epoch"),
     cut_by="recipe",
 )
 HELD_OUT = Table(
@@ -974,9 +1089,14 @@ TABLES: dict[str, Table] = {
         ANNOTATORS,
         RATER_AGREEMENT,
         PREFERENCES,
+        ANNOTATOR_GROUPS,
+        PAIR_GROUPS,
         LATENTS,
         PROMPT_EMBEDDINGS,
+        TRAJECTORIES,
         TRAINING_METRICS,
+        TRAINING_VALIDATIONS,
+        TRAINING_PAIRS,
         HELD_OUT,
         SAMPLES,
         EVALUATIONS,

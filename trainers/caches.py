@@ -6,8 +6,9 @@ Belongs here: encoding once, packing tensors into parquet. Does not belong here:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
-import numpy as np
 import polars as pl
 import torch
 
@@ -15,10 +16,16 @@ from pipelines import catalogue, images, schemas, stored
 from pipelines.config import BackboneConfig
 from pipelines.identity import fingerprint
 from pipelines.tables import Built, Store, StoreError
-from trainers.backbones.stable_diffusion import StableDiffusionBackbone, digest
+from trainers import backbones
+from trainers.tensors import pack
 
-CODE_VERSION = "1"
-ENCODE_BATCH = 64
+if TYPE_CHECKING:
+    from trainers.backbones.stable_diffusion import StableDiffusionBackbone
+
+CODE_VERSION = "2"
+IMAGES_AT_ONCE, PROMPTS_AT_ONCE = 64, 64
+EMPTY_PROMPT = "empty"
+"""prompt_id of the empty prompt in `prompt_embeddings` (no hash can be it)."""
 Progress = Callable[[str], None]
 
 
@@ -27,14 +34,14 @@ class Backbone:
 
     def __init__(self, config: BackboneConfig, device: str) -> None:
         self.config, self.device = config, device
-        self.digest = digest(config)
+        self.digest = backbones.digest(config)
         self._loaded: StableDiffusionBackbone | None = None
 
     @property
     def model(self) -> StableDiffusionBackbone:
         """Return the loaded backbone."""
         if self._loaded is None:
-            self._loaded = StableDiffusionBackbone(self.config, self.device)
+            self._loaded = backbones.load(self.config, self.device)
         return self._loaded
 
     def partition(self, *rest: str) -> str:
@@ -42,10 +49,17 @@ class Backbone:
         return "/".join([f"{self.config.name}-{self.digest}", *rest])
 
 
-def cache_latents(store: Store, shard_key: str, backbone: Backbone, progress: Progress = lambda m: None) -> Built:
-    """Encode the decodable images that a shard owns into `latents`.
+def cache_latents(
+    store: Store, shard_key: str, backbone: Backbone, progress: Progress = lambda m: None, *, flips: bool = False
+) -> Built:
+    """Encode the decodable images that a shard owns into `latents`, with `flips` also their mirror images.
 
+    Pictures are mirrored in pixels: the autoencoder's latent of a mirrored picture is not the mirrored latent.
     Images that cannot be decoded get no latent; why stands in `scores.status` and `preferences.excluded_because`.
+
+    Raises:
+        StoreError: the shard is not ingested, or bytes that its source held are no more there.
+        ValueError: a latent overflows float16.
     """
     source = store.require("images", shard_key)
     catalogue.require_images_and_scorables(store, shard_key)
@@ -58,89 +72,93 @@ def cache_latents(store: Store, shard_key: str, backbone: Backbone, progress: Pr
     wanted = fingerprint(owned=sorted(owned), backbone=backbone.digest)
 
     def make() -> Iterator[pl.DataFrame]:
-        model = backbone.model
-        done = 0
-        for batch in stored.read_images(store, shard_key, owned, ENCODE_BATCH):
-            ids, pixels = [], []
-            for image in batch:
-                if image.is_lost:
-                    raise StoreError(
-                        f"latents of {shard_key}: {image.reason}; make the source readable, or ingest the shard again"
-                    )
-                if image.data is None:
-                    continue
-                try:
-                    pixels.append(model.to_pixels(images.decode_rgb(image.data)))
-                except images.UndecodableImage:
-                    continue
-                ids.append(image.image_id)
-            if not ids:
-                continue
-            mean, log_variance = model.encode_images(torch.stack(pixels))
-            done += len(ids)
-            progress(f"latents {shard_key}: {done}/{len(owned)}")
-            yield pl.DataFrame(
-                {
-                    "image_id": ids,
-                    "mean": [_pack(x) for x in mean],
-                    "log_variance": [_pack(x) for x in log_variance],
-                    "height": [mean.shape[2]] * len(ids),
-                    "width": [mean.shape[3]] * len(ids),
-                }
-            )
+        model, done = backbone.model, 0
+
+        def pixels(image: stored.StoredImage) -> torch.Tensor | None:
+            if image.is_lost:
+                raise StoreError(
+                    f"latents of {shard_key}: {image.reason}; make the source readable, or ingest the shard again"
+                )
+            try:
+                return None if image.data is None else model.to_pixels(images.decode_rgb(image.data))
+            except images.UndecodableImage:
+                return None
+
+        with ThreadPoolExecutor() as pool:
+            for batch in stored.read_images(store, shard_key, owned, IMAGES_AT_ONCE):
+                frames = []
+                for start in range(0, len(batch), model.pictures_at_once):
+                    part = batch[start : start + model.pictures_at_once]
+                    decoded = zip(part, pool.map(pixels, part), strict=True)
+                    found = {image.image_id: p for image, p in decoded if p is not None}
+                    if not found:
+                        continue
+                    upright = torch.stack(list(found.values()))
+                    frames.append(_latents(list(found), False, *model.encode_images(upright)))
+                    if flips:
+                        frames.append(_latents(list(found), True, *model.encode_images(upright.flip(-1))))
+                done += len(batch)
+                progress(f"latents {shard_key}: {done}/{len(owned)}" + (", each also mirrored" if flips else ""))
+                if frames:
+                    yield pl.concat(frames)
 
     return store.build(
         schemas.LATENTS,
         make,
         inputs=[source],
         code_version=CODE_VERSION,
-        parameters={"wanted": wanted},
+        parameters={"wanted": wanted, "flips": flips},
         partition=backbone.partition(shard_key),
     )
 
 
+def _latents(ids: list[str], is_flipped: bool, mean: torch.Tensor, log_variance: torch.Tensor) -> pl.DataFrame:
+    return pl.DataFrame(
+        {
+            "image_id": ids,
+            "is_flipped": [is_flipped] * len(ids),
+            "mean": [pack(x) for x in mean],
+            "log_variance": [pack(x) for x in log_variance],
+            "height": [mean.shape[2]] * len(ids),
+            "width": [mean.shape[3]] * len(ids),
+        }
+    )
+
+
 def cache_prompts(store: Store, backbone: Backbone, progress: Progress = lambda m: None) -> Built:
-    """Encode every prompt of the catalogue, and the empty prompt, into `prompt_embeddings`."""
-    catalogue = store.require("catalogue_prompts")
+    """Encode every prompt of the catalogue, and the empty prompt, into `prompt_embeddings`.
+
+    Raises:
+        StoreError: there is no catalogue.
+        ValueError: an embedding overflows float16.
+    """
+    catalogued = store.require("catalogue_prompts")
 
     def make() -> Iterator[pl.DataFrame]:
         rows = store.scan(schemas.CATALOGUE_PROMPTS).select("prompt_id", "prompt").collect().rows()
         rows.append((EMPTY_PROMPT, ""))
-        for start in range(0, len(rows), ENCODE_BATCH):
-            part = rows[start : start + ENCODE_BATCH]
-            hidden = backbone.model.encode_prompts([prompt for _, prompt in part])
+        for start in range(0, len(rows), PROMPTS_AT_ONCE):
+            part = rows[start : start + PROMPTS_AT_ONCE]
+            encoded = backbone.model.encode_prompts([prompt for _, prompt in part])
+            hidden, pooled = encoded.hidden, encoded.pooled
             progress(f"prompt embeddings: {start + len(part)}/{len(rows)}")
             yield pl.DataFrame(
                 {
                     "prompt_id": [key for key, _ in part],
-                    "embedding": [_pack(x) for x in hidden],
+                    "embedding": [pack(x) for x in hidden],
                     "tokens": [hidden.shape[1]] * len(part),
                     "width": [hidden.shape[2]] * len(part),
-                }
+                    "pooled": [None] * len(part) if pooled is None else [pack(x) for x in pooled],
+                    "pooled_width": [None if pooled is None else pooled.shape[1]] * len(part),
+                },
+                schema_overrides={"pooled": pl.Binary, "pooled_width": pl.Int32},
             )
 
     return store.build(
         schemas.PROMPT_EMBEDDINGS,
         make,
-        inputs=[catalogue],
+        inputs=[catalogued],
         code_version=CODE_VERSION,
         parameters={"backbone": backbone.digest},
         partition=backbone.partition("all"),
     )
-
-
-EMPTY_PROMPT = "empty"
-"""prompt_id of the empty prompt in `prompt_embeddings` (no hash can be it)."""
-
-
-def _pack(tensor: torch.Tensor) -> bytes:
-    half = tensor.to(torch.float16)
-    if not torch.isfinite(half).all():
-        raise ValueError("a cached tensor overflows float16; is the autoencoder the fp16-safe one?")
-    return half.cpu().contiguous().numpy().tobytes()
-
-
-def unpack(data: list[bytes], shape: tuple[int, ...]) -> torch.Tensor:
-    """Return packed tensors as float32 [N, *shape]."""
-    flat = np.frombuffer(b"".join(data), dtype=np.float16).reshape(len(data), *shape)
-    return torch.from_numpy(flat.astype(np.float32))

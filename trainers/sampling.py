@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import torch
@@ -19,11 +20,11 @@ from pipelines.config import Config
 from pipelines.tables import Built, Manifest, Store, StoreError
 from trainers import randomness
 from trainers.caches import Backbone
+from trainers.precision import autocast, resolve_precision
 
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 BASE = "base"
 """Name of the untuned model in the tables."""
-SAMPLE_BATCH = 64
 Progress = Callable[[str], None]
 
 
@@ -52,6 +53,38 @@ def evaluation_prompts(store: Store, config: Config) -> pl.DataFrame:
     return frame
 
 
+@torch.no_grad()
+def draw(
+    backbone: Any, unet: torch.nn.Module, prompts: list[str], noise: torch.Tensor, *, steps: int, guidance: float
+) -> list[Image.Image]:
+    """Return one picture per prompt: DDIM, classifier-free guidance, as the diffusers pipeline of the family does.
+
+    The autoencoder decodes in float32 even under autocast. The UNet may be one that is being trained: its mode is as before.
+
+    Args:
+        backbone: see `trainers.backbones`.
+        unet: base, exported model or policy, with or without adapters.
+        noise: initial latents, [N, C, H, W], standard normal.
+        steps: DDIM steps.
+        guidance: scale w of eps(uncond) + w (eps(prompt) - eps(uncond)); 1: none.
+    """
+    was_training = unet.training
+    unet.eval()
+    try:
+        latents = backbone.pipeline(unet)(
+            prompts,
+            latents=noise.to(backbone.device),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            height=backbone.config.resolution,
+            width=backbone.config.resolution,
+            output_type="latent",
+        ).images
+    finally:
+        unet.train(was_training)
+    return backbone.decode_latents(latents)
+
+
 def sample(
     store: Store,
     config: Config,
@@ -64,36 +97,33 @@ def sample(
     """Draw evaluation.seeds pictures per held-out prompt with a model into `samples`.
 
     Args:
-        unet_folder: exported folder of the tuned model; None: the base.
+        unet_folder: exported folder of the tuned model (pipeline or LoRA); None: the base.
         trained: commit of the run that made the model; None for the base.
+
+    Raises:
+        StoreError: the store has no prompt to draw.
+        CheckpointError: the exported model is not whole, or a LoRA of another base.
     """
     options = config.evaluation
+    precision = resolve_precision(config.training.precision, backbone.device)
 
     def make() -> Iterator[pl.DataFrame]:
         loaded = backbone.model
         unet = loaded.unet if unet_folder is None else loaded.load_unet(unet_folder)
-        pipeline = loaded.pipeline(unet)
         prompts = evaluation_prompts(store, config)
         jobs = [(key, text, seed) for key, text in prompts.rows() for seed in range(options.seeds)]
-        side = config.backbone.resolution // loaded.vae_factor
-        shape = (loaded.unet.config.in_channels, side, side)
-        for start in range(0, len(jobs), SAMPLE_BATCH):
-            part = jobs[start : start + SAMPLE_BATCH]
-            noise = randomness.normal(shape, [("sample", seed, key) for key, _, seed in part])
-            pictures = pipeline(
-                [text for _, text, _ in part],
-                latents=noise.to(loaded.device),
-                num_inference_steps=options.steps,
-                guidance_scale=options.guidance,
-                height=config.backbone.resolution,
-                width=config.backbone.resolution,
-            ).images
+        for start in range(0, len(jobs), loaded.pictures_at_once):
+            part = jobs[start : start + loaded.pictures_at_once]
+            noise = randomness.normal(loaded.latent_shape, [("sample", seed, key) for key, _, seed in part])
+            texts = [text for _, text, _ in part]
+            with autocast(precision, backbone.device):
+                pictures = draw(loaded, unet, texts, noise, steps=options.steps, guidance=options.guidance)
             encoded = [_png(p) for p in pictures]
             progress(f"samples of {model}: {start + len(part)}/{len(jobs)}")
             yield pl.DataFrame(
                 {
                     "prompt_id": [key for key, _, _ in part],
-                    "prompt": [text for _, text, _ in part],
+                    "prompt": texts,
                     "seed": [seed for _, _, seed in part],
                     "image_id": [identity.image_id_of_bytes(b)[0] for b in encoded],
                     "bytes": encoded,
@@ -112,6 +142,7 @@ def sample(
             "backbone": backbone.digest,
             "suite": None if suite is None else identity.fingerprint(prompts=prompts_of.read_suite(suite)),
             "device": torch.device(backbone.device).type,
+            "precision": precision,
             **options.model_dump(include={"prompts", "seeds", "steps", "guidance"}),
         },
         partition=model,
