@@ -5,6 +5,8 @@ Belongs here: which tables a step reads and which parameters enter its fingerpri
 
 from __future__ import annotations
 
+import hashlib
+import io
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
@@ -13,9 +15,11 @@ import polars as pl
 
 from pipelines import catalogue, schemas
 from pipelines.config import Config, ConfigError
+from pipelines.files import open_uri, services_as_oserror
 from pipelines.labels import annotators as ann
 from pipelines.labels import calibration as cal
 from pipelines.labels import consensus as con
+from pipelines.labels import groups as gro
 from pipelines.labels import margins as mar
 from pipelines.labels import minority as mino
 from pipelines.labels import preferences as pref
@@ -101,6 +105,12 @@ class Labels:
                 "doubt": mino.PROMPTS_OF_DOUBT,
                 "least": [mino.LEAST_VOTES, mino.LEAST_TARGETS],
                 "em": labels.em,
+            },
+            "annotator_groups": {
+                "votes": [gro.LEAST_VOTES, gro.PRIOR_VOTES],
+                "most": gro.MOST_GROUPS,
+                "restarts": gro.RESTARTS,
+                "given": hashlib.sha256(self._groups_file).hexdigest() if labels.groups_file else "",
             },
         }
         return {"scorers": self.scorers, **own.get(name, {})}
@@ -192,6 +202,28 @@ class Labels:
                 named = [m.extra["logit_scale"] for m in self._scored[scorer.name] if "logit_scale" in m.extra]
                 found |= {scorer.name: named[0]} if named else {}
         return found
+
+    @cached_property
+    def _groups_file(self) -> bytes:
+        """The content of labels.groups_file.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        file = self.config.labels.groups_file
+        try:
+            with services_as_oserror(file), open_uri(file) as handle:
+                return handle.read()
+        except OSError as error:
+            raise ConfigError(
+                f"labels.groups_file: {file}: {error.strerror or error}; name a parquet file, or none to have groups found"
+            ) from error
+
+    def _given_groups(self) -> pl.DataFrame:
+        try:
+            return pl.read_parquet(io.BytesIO(self._groups_file))
+        except pl.exceptions.PolarsError as error:
+            raise ConfigError(f"labels.groups_file: {self.config.labels.groups_file}: not parquet: {error}") from error
 
     def _read(self, table: schemas.Table, *columns: str) -> pl.DataFrame:
         """Return some columns of a label table."""
@@ -328,6 +360,38 @@ class Labels:
 
         return self._build("preferences", make)
 
+    def annotator_groups(self) -> Built:
+        """Build `annotator_groups`; its manifest says how many groups held-out votes show.
+
+        Raises:
+            ConfigError: labels.groups_file cannot be read, or does not hold groups.
+        """
+        findings: list[gro.Finding] = []
+
+        def make() -> pl.DataFrame:
+            if self.config.labels.groups_file:
+                given = self._given_groups()
+                try:
+                    found = gro.given_groups(self._votes, self._margins, self.scorers, given)
+                except ValueError as error:
+                    raise ConfigError(f"labels.groups_file: {self.config.labels.groups_file}: {error}") from error
+            else:
+                found = gro.annotator_groups(self._votes, self._margins, self.scorers)
+            findings.append(found[1])
+            return found[0]
+
+        return self._build("annotator_groups", make, lambda: findings[0].facts())
+
+    def pair_groups(self) -> Built:
+        """Build `pair_groups`."""
+
+        def make() -> pl.DataFrame:
+            return gro.pair_groups(
+                self._pairs, self._votes, self._read(schemas.ANNOTATOR_GROUPS, "annotator_id", "group")
+            )
+
+        return self._build("pair_groups", make)
+
 
 LABEL_TABLES: dict[str, tuple[str, ...]] = {
     "margins": (),
@@ -340,5 +404,7 @@ LABEL_TABLES: dict[str, tuple[str, ...]] = {
     "annotators": ("margins", "minority"),
     "rater_agreement": ("margins",),
     "preferences": ("margins", "calibration", "consensus", "smoothed", "minority"),
+    "annotator_groups": ("margins",),
+    "pair_groups": ("annotator_groups",),
 }
 """Methods of Labels in an order in which they can run, and the label tables that each reads."""

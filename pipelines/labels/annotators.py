@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import numpy as np
 import polars as pl
-from scipy.optimize import minimize
 from scipy.special import betaincinv, betaln
 
 from pipelines import schemas
@@ -120,6 +119,9 @@ def _reliability(k: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
 
 def beta_prior(k: np.ndarray, n: np.ndarray) -> tuple[float, float]:
     """Return a, b > 0 that make k of n likeliest under a beta-binomial, a + b between 2 and 2,000."""
+    # Slow to import, and this module is read where Dagster's definitions load.
+    from scipy.optimize import minimize
+
     start = np.clip((k.sum() + 1) / (n.sum() + 2), 1e-3, 1 - 1e-3)
 
     def cost(x: np.ndarray) -> float:

@@ -12,9 +12,9 @@ Belongs here: intervals of shares. Does not belong here: what is counted.
 from __future__ import annotations
 
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtri
 
-_SQUARE = float(norm.ppf(0.975)) ** 2
+_SQUARE = float(ndtri(0.975)) ** 2
 
 
 def wilson(share: np.ndarray | float, n: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
