@@ -7,13 +7,14 @@ from assets.resources import Polyphony
 from assets.training import trained_key
 from pipelines import schemas
 from pipelines.config import Config
+from trainers.recipes import recipes_in_order
 
 BASE = "base"
 
 
 def build_evaluation(config: Config) -> list[dg.AssetsDefinition]:
     """Return the assets that judge the base and every configured recipe."""
-    recipes = list(config.training.recipes)
+    recipes = [r.name for r in recipes_in_order(config.training.recipes)]
     per_model = [a for model in (BASE, *recipes) for a in (_step("samples", model), _step("evaluations", model))]
     return [*per_model, *(_step("held_out", r) for r in recipes), _leaderboard(recipes)]
 

@@ -21,10 +21,11 @@ EXPECTED = (
 )
 
 
-def run_command(main: Callable[[], int]) -> int:
-    """Run `main`; print an expected error as one line on stderr and return 2."""
+def run_command(main: Callable[[], int], *more: type[Exception]) -> int:
+    """Run `main`; print an expected error (EXPECTED, and `more` of the caller's own) as one line on stderr and return 2."""
+    expected: tuple[type[Exception], ...] = (*EXPECTED, *more)
     try:
         return main()
-    except EXPECTED as error:
+    except expected as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

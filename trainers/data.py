@@ -1,12 +1,16 @@
-"""Pairs as tensors: what a policy selects of `preferences`, with cached latents and embeddings.
+"""Pairs as tensors: what a recipe selects of `preferences`, with cached latents and embeddings, and every random draw.
 
-Belongs here: joining tables into batches. Does not belong here: noise, losses, models.
+Belongs here: joining tables into batches; which pair comes when, at which timestep, with which noise. Does not belong
+here: losses, models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import polars as pl
 import torch
@@ -14,102 +18,309 @@ import torch
 from pipelines import schemas
 from pipelines.curation import Policy
 from pipelines.tables import Store, StoreError
-from trainers import randomness
-from trainers.caches import EMPTY_PROMPT, Backbone, unpack
+from trainers import inversion, randomness, trajectories
+from trainers.backbones.conditioning import Conditioning
+from trainers.caches import EMPTY_PROMPT, Backbone
+from trainers.recipes import Forward, Inversion, Need, Noising, Recipe
+from trainers.tensors import TensorFile
+
+UNKNOWN_GROUP = -1
+FORWARD = Forward()
+_COLUMNS = ("probability", "minority", "group")
 
 
-def select_pairs(store: Store, policy: Policy, splits: Sequence[str]) -> pl.DataFrame:
-    """Return pair_id, prompt_id, winner_id, loser_id of the policy's pairs in the splits, sorted by pair_id."""
+def decided(store: Store, recipe: Recipe, splits: Sequence[str]) -> pl.LazyFrame:
+    """Return `preferences` of the splits after the recipe's policy, with what its objective needs of a pair.
+
+    That is `probability`, `minority` or `group`; a pair that lacks its value is excluded with that reason.
+    """
     store.require("preferences")
+    frame = recipe.policy.apply(store.scan(schemas.PREFERENCES).filter(pl.col("split").is_in(list(splits))))
+    needs = recipe.objective.needs
+    if "probability" in needs:
+        frame = frame.with_columns(probability="target_probability")
+    if "minority" in needs:
+        column, other = recipe.minority_column, "minority_score"
+        value = pl.col(column) if column == "metric" else pl.coalesce(column, other)
+        frame = _without_unknown(frame.with_columns(minority=value), "minority", f"{column} is not known")
+    if "group" in needs:
+        store.require("pair_groups")
+        groups = store.scan(schemas.PAIR_GROUPS).select("pair_id", pl.col("group").cast(pl.Int64))
+        frame = frame.join(groups, on="pair_id", how="left", maintain_order="left").with_columns(
+            pl.col("group").fill_null(UNKNOWN_GROUP)
+        )
+    return frame
+
+
+def _without_unknown(frame: pl.LazyFrame, column: str, reason: str) -> pl.LazyFrame:
+    unknown = pl.col(column).is_null()
+    return frame.with_columns(
+        target_label_0=pl.when(~unknown).then("target_label_0"),
+        excluded_because=pl.when(unknown).then(pl.coalesce("excluded_because", pl.lit(reason))).otherwise(
+            "excluded_because"
+        ),
+    )
+
+
+def _sides(frame: pl.LazyFrame, *columns: str) -> pl.DataFrame:
     first = pl.col("target_label_0") == 1
     return (
-        policy.apply(store.scan(schemas.PREFERENCES).filter(pl.col("split").is_in(list(splits))))
-        .filter(pl.col("target_label_0").is_not_null())
+        frame.filter(pl.col("target_label_0").is_not_null())
         .select(
             "pair_id",
             "prompt_id",
-            winner_id=pl.when(first).then("image_0_id").otherwise("image_1_id"),
-            loser_id=pl.when(first).then("image_1_id").otherwise("image_0_id"),
+            pl.when(first).then("image_0_id").otherwise("image_1_id").alias("winner_id"),
+            pl.when(first).then("image_1_id").otherwise("image_0_id").alias("loser_id"),
+            *columns,
         )
         .sort("pair_id")
         .collect()
     )
 
 
-@dataclass(frozen=True)
-class Batch:
-    """B pairs: pair ids, scaled latents [2, B, C, H, W] (winners first), prompt embeddings [B, T, D]."""
-
-    pair_ids: list[str]
-    latents: torch.Tensor
-    embeddings: torch.Tensor
+def select_pairs(store: Store, policy: Policy, splits: Sequence[str]) -> pl.DataFrame:
+    """Return pair_id, prompt_id, winner_id, loser_id of the policy's pairs in the splits, sorted by pair_id."""
+    return _sides(decided(store, Recipe("", "", policy), splits))
 
 
-class PairData:
-    """The pairs of one run with their latents and embeddings in memory.
+def training_pairs(store: Store, recipe: Recipe) -> pl.DataFrame:
+    """Return the pairs that a recipe trains on: as `select_pairs`, with the columns that its objective needs."""
+    needs: frozenset[Need] = recipe.objective.needs
+    return _sides(decided(store, recipe, ["train"]), *(c for c in _COLUMNS if c in needs))
 
-    Memory: 4 * C * H * W bytes per image (64 kB at 512 pixels) and 2 * T * D per prompt.
-    """
 
-    def __init__(self, store: Store, pairs: pl.DataFrame, backbone: Backbone, latent_scale: float) -> None:
-        if pairs.is_empty():
-            raise StoreError("no pairs to train on: the policy excluded all of them; see preferences.excluded_because")
-        self.pairs, self._scale = pairs, latent_scale
-        needed = pl.concat([pairs["winner_id"], pairs["loser_id"]]).unique()
-        latents = (
-            store.scan(schemas.LATENTS, below=backbone.partition())
-            .filter(pl.col("image_id").is_in(needed.implode()))
-            .collect()
-        )
-        self._image_row = {key: i for i, key in enumerate(latents["image_id"])}
-        if missing := [i for i in needed if i not in self._image_row]:
-            raise StoreError(
-                f"latents of backbone {backbone.config.name} lack {len(missing)} images, first {missing[0]}; cache them first"
-            )
-        shape = (-1, latents["height"][0], latents["width"][0])
-        self._mean = unpack(latents["mean"].to_list(), shape)
-        self._log_variance = unpack(latents["log_variance"].to_list(), shape)
-        embeddings = store.read(schemas.PROMPT_EMBEDDINGS, backbone.partition("all"))
-        self._prompt_row = {key: i for i, key in enumerate(embeddings["prompt_id"])}
-        size = (embeddings["tokens"][0], embeddings["width"][0])
-        self._embeddings = unpack(embeddings["embedding"].to_list(), size)
+# --- draws -----------------------------------------------------------------------------------------------------------
 
-    def __len__(self) -> int:
-        return len(self.pairs)
 
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Return [C, H, W]."""
-        return tuple(self._mean.shape[1:])
-
-    def batch(self, rows: Sequence[int], keys: Sequence[tuple[str | int, ...]], dropped: Sequence[bool]) -> Batch:
-        """Return the pairs at `rows`; latents are drawn from their posteriors with noise keyed by `keys` and image.
-
-        dropped: where true the prompt's embedding is that of the empty prompt.
-        """
-        part = self.pairs[list(rows)]
-        sides = []
-        for column in ("winner_id", "loser_id"):
-            ids = part[column].to_list()
-            index = [self._image_row[i] for i in ids]
-            noise = randomness.normal(self.latent_shape, [(*k, "posterior", i) for k, i in zip(keys, ids, strict=True)])
-            sides.append(self._mean[index] + (0.5 * self._log_variance[index]).exp() * noise)
-        prompts = [EMPTY_PROMPT if d else p for p, d in zip(part["prompt_id"], dropped, strict=True)]
-        return Batch(
-            part["pair_id"].to_list(),
-            torch.stack(sides) * self._scale,
-            self._embeddings[[self._prompt_row[p] for p in prompts]],
-        )
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, count: int) -> list[int]:
+    return torch.randperm(count, generator=randomness.generator(seed, "order", epoch)).tolist()
 
 
 def batch_rows(step: int, batch_size: int, count: int, seed: int) -> list[tuple[int, int]]:
     """Return (row, epoch) of the batch of an optimiser step: a pure function, so that resuming needs no state.
 
-    Every epoch is a permutation keyed by (seed, epoch); a batch may span two epochs.
+    Every epoch is a permutation keyed by (seed, epoch); a batch may span epochs.
     """
     places = range(step * batch_size, (step + 1) * batch_size)
-    orders = {
-        epoch: torch.randperm(count, generator=randomness.generator(seed, "order", epoch)).tolist()
-        for epoch in {p // count for p in places}
-    }
-    return [(orders[p // count][p % count], p // count) for p in places]
+    return [(_order(seed, p // count, count)[p % count], p // count) for p in places]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What is drawn for B pairs: timestep, whether the prompt is dropped, whether both pictures are mirrored.
+
+    Every draw is keyed by (seed, pair_id, epoch, purpose), so that neither step nor rank nor batch size changes it.
+    """
+
+    keys: list[tuple[int, str, int]]
+    timesteps: list[int]
+    is_dropped: list[bool]
+    is_flipped: list[bool]
+
+
+def draws(
+    seed: int, ids: Sequence[str], epochs: Sequence[int], recipe: Recipe, schedule_length: int
+) -> Draws:
+    """Return the draws of these (pair, epoch).
+
+    Timesteps are uniform over the schedule's, or over the inversion's levels where its latents end on them.
+    """
+    keys = [(seed, i, e) for i, e in zip(ids, epochs, strict=True)]
+
+    def purpose(name: str) -> list[tuple[str | int, ...]]:
+        return [(*k, name) for k in keys]
+
+    allowed = timesteps_of(recipe.noising, schedule_length)
+    chosen = randomness.integers(len(allowed), purpose("timestep")).tolist()
+    return Draws(
+        keys,
+        [allowed[i] for i in chosen],
+        (randomness.uniform(purpose("dropout")) < recipe.prompt_dropout).tolist(),
+        (randomness.uniform(purpose("flip")) < 0.5).tolist() if recipe.flip else [False] * len(keys),
+    )
+
+
+def timesteps_of(noising: Noising, schedule_length: int) -> Sequence[int]:
+    """Return the timesteps that are drawn from."""
+    if isinstance(noising, Inversion):
+        return inversion.drawable(schedule_length, noising.steps, noising.mode).tolist()
+    return range(schedule_length)
+
+
+def levels_of(noising: Inversion, timesteps: Sequence[int], schedule_length: int) -> list[int]:
+    """Return the levels at which the latents for these timesteps end."""
+    return inversion.level_of(torch.tensor(timesteps), schedule_length, noising.steps, noising.mode).tolist()
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B pairs, winners first: scaled latents [2, B, C, H, W], conditioning of B prompts, timesteps [B].
+
+    keys: of the pairs' draws.
+    noise: [B, C, H, W], of forward noising. inverted: [2, B, C, H, W], latents at the timesteps from cached trajectories;
+    `latents` are the trajectories' starts then. probability, minority, group: [B] where the objective needs them.
+    """
+
+    keys: list[tuple[int, str, int]]
+    latents: torch.Tensor
+    conditioning: Conditioning
+    timesteps: torch.Tensor
+    noise: torch.Tensor | None = None
+    inverted: torch.Tensor | None = None
+    probability: torch.Tensor | None = None
+    minority: torch.Tensor | None = None
+    group: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on another device."""
+        return self._each(lambda t: t.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """Return the batch in page-locked memory, from which a GPU copies while it computes."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        tensors: dict[str, Any] = {k: change(v) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        c = self.conditioning
+        pooled = None if c.pooled is None else change(c.pooled)
+        return replace(self, conditioning=Conditioning(change(c.hidden), pooled), **tensors)
+
+
+class PairData:
+    """The pairs of one run with their cached latents and embeddings, read from memory-mapped files."""
+
+    def __init__(
+        self,
+        store: Store,
+        pairs: pl.DataFrame,
+        backbone: Backbone,
+        scratch: Path,
+        noising: Noising = FORWARD,
+        *,
+        with_flips: bool = False,
+    ) -> None:
+        """Open the caches.
+
+        Raises:
+            StoreError: there is no pair, or a cache lacks an image or a prompt of them.
+        """
+        if pairs.is_empty():
+            raise StoreError("no pairs to train on: the policy excluded all of them; see preferences.excluded_because")
+        self.pairs, self.noising = pairs, noising
+        self._store, self._scratch, self._backbone = store, scratch, backbone
+        name = backbone.config.name
+        self._latents = TensorFile(store, schemas.LATENTS, backbone.partition(), scratch)
+        self._prompts = TensorFile(store, schemas.PROMPT_EMBEDDINGS, backbone.partition(), scratch)
+        needed = pl.concat([pairs["winner_id"], pairs["loser_id"]]).unique().to_list()
+        sides = (False, True) if with_flips else (False,)
+        for is_flipped in sides:
+            if missing := self._latents.missing([(i, is_flipped) for i in needed]):
+                mirrored = "mirrored " if is_flipped else ""
+                raise StoreError(
+                    f"latents of backbone {name} lack {len(missing)} {mirrored}images, first {needed[0]}; run "
+                    "`python -m trainers.train cache`, or materialize latents"
+                )
+        if missing := self._prompts.missing([*pairs["prompt_id"].unique().to_list(), EMPTY_PROMPT]):
+            raise StoreError(
+                f"prompt_embeddings of backbone {name} lack {len(missing)} prompts, first {missing[0]}; run "
+                "`python -m trainers.train cache`, or materialize prompt_embeddings"
+            )
+        self._schedule_length = backbone.model.timesteps
+        self._scale = backbone.model.latent_scale
+        self.latent_shape: tuple[int, ...] = backbone.model.latent_shape
+        embedding = self._prompts.keys.row(0, named=True)
+        self._hidden_shape = (embedding["tokens"], embedding["width"])
+        self._pooled_shape = None if embedding["pooled_width"] is None else (embedding["pooled_width"],)
+        self._trajectories: TensorFile | None = None
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    # --- trajectories ----------------------------------------------------------------------------------------------
+
+    def wanted_trajectories(self, steps: range, batch_size: int, seed: int, recipe: Recipe, length: int) -> pl.DataFrame:
+        """Return image_id, prompt_id, is_flipped, level of all trajectories that these optimiser steps read."""
+        rows = [r for s in steps for r in batch_rows(s, batch_size, len(self), seed)]
+        rows = list(dict.fromkeys(rows))
+        part = self.pairs[[r for r, _ in rows]]
+        drawn = draws(seed, part["pair_id"].to_list(), [e for _, e in rows], recipe, length)
+        prompts = [EMPTY_PROMPT if d else p for p, d in zip(part["prompt_id"], drawn.is_dropped, strict=True)]
+        assert isinstance(self.noising, Inversion)
+        levels = levels_of(self.noising, drawn.timesteps, length)
+        frame = pl.DataFrame(
+            {"prompt_id": prompts, "is_flipped": drawn.is_flipped, "level": levels},
+            schema_overrides={"level": pl.Int32},
+        )
+        return pl.concat(
+            frame.with_columns(image_id=part[side]).select("image_id", "prompt_id", "is_flipped", "level")
+            for side in ("winner_id", "loser_id")
+        ).unique(maintain_order=True)
+
+    def open_trajectories(self, where: str) -> None:
+        """Read latents at their timesteps from the trajectories that lie there."""
+        self._trajectories = TensorFile(self._store, schemas.TRAJECTORIES, where, self._scratch)
+
+    def start_latents(self, keys: Sequence[tuple[str, bool]]) -> torch.Tensor:
+        """Return the scaled means of the posteriors of (image_id, is_flipped), [N, C, H, W]: where trajectories start."""
+        return self._latents.read("mean", keys, self.latent_shape) * self._scale
+
+    def conditioning(self, prompts: Sequence[str]) -> Conditioning:
+        """Return the embeddings of prompt ids."""
+        pooled = None if self._pooled_shape is None else self._prompts.read("pooled", prompts, self._pooled_shape)
+        return Conditioning(self._prompts.read("embedding", prompts, self._hidden_shape), pooled)
+
+    # --- batches ---------------------------------------------------------------------------------------------------
+
+    def batch(self, rows: Sequence[int], drawn: Draws) -> Batch:
+        """Return the pairs at `rows` with their draws.
+
+        Forward noising draws latents from their posteriors with noise keyed by draw and image; inversion starts from the
+        posteriors' means.
+        """
+        part = self.pairs[list(rows)]
+        prompts = [EMPTY_PROMPT if d else p for p, d in zip(part["prompt_id"], drawn.is_dropped, strict=True)]
+        sides = [list(zip(part[c], drawn.is_flipped, strict=True)) for c in ("winner_id", "loser_id")]
+        noise = inverted = None
+        if isinstance(self.noising, Forward):
+            noise = randomness.normal(self.latent_shape, [(*k, "noise") for k in drawn.keys])
+            latents = torch.stack([self._drawn_latents(keys, drawn) for keys in sides])
+        else:
+            latents = torch.stack([self.start_latents(keys) for keys in sides])
+            if self._trajectories is not None:
+                inverted = torch.stack(
+                    [
+                        trajectories.read(
+                            self._trajectories,
+                            [i for i, _ in keys],
+                            prompts,
+                            drawn.is_flipped,
+                            levels_of(self.noising, drawn.timesteps, self._schedule_length),
+                            self.latent_shape,
+                        )
+                        for keys in sides
+                    ]
+                )
+        columns = {
+            c: torch.tensor(part[c].to_list(), dtype=torch.int64 if c == "group" else torch.float32)
+            for c in _COLUMNS
+            if c in part.columns
+        }
+        return Batch(
+            drawn.keys,
+            latents,
+            self.conditioning(prompts),
+            torch.tensor(drawn.timesteps),
+            noise,
+            inverted,
+            **columns,
+        )
+
+    def _drawn_latents(self, keys: list[tuple[str, bool]], drawn: Draws) -> torch.Tensor:
+        mean = self._latents.read("mean", keys, self.latent_shape)
+        deviation = (0.5 * self._latents.read("log_variance", keys, self.latent_shape)).exp()
+        named = [(*k, "posterior", i) for k, (i, _) in zip(drawn.keys, keys, strict=True)]
+        return (mean + deviation * randomness.normal(self.latent_shape, named)) * self._scale

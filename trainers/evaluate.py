@@ -9,13 +9,13 @@ Belongs here: comparing models. Does not belong here: making pictures (`sampling
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
-import torch
 
 from pipelines import images, schemas
 from pipelines.config import Config
@@ -24,11 +24,12 @@ from pipelines.scoring import checkpoints
 from pipelines.scoring import scorer as scoring
 from pipelines.scoring.pictures import Picture
 from pipelines.tables import Built, Manifest, Store
-from trainers import data, loop, randomness
+from trainers import data, validation
 from trainers.caches import Backbone
+from trainers.precision import autocast, resolve_precision
 from trainers.sampling import BASE
 
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 HELD_OUT_PAIRS = 500
 HELD_OUT_DRAWS = 6
 HELD_OUT = "held-out pairs"
@@ -122,29 +123,27 @@ def held_out(
     For the first HELD_OUT_PAIRS decided human pairs of validation and test prompts (by id) the margin s against the
     base model is drawn at HELD_OUT_DRAWS stratified timesteps; a draw is right where s > 0.
     """
+    precision = resolve_precision(config.training.precision, backbone.device)
+    computing = functools.partial(autocast, precision, backbone.device)
     inputs = [trained, store.require("preferences"), *store.manifests("latents", backbone.partition())]
 
-    @torch.no_grad()
     def make() -> pl.DataFrame:
         loaded = backbone.model
         pairs = data.select_pairs(store, HumanPolicy(), ["validation", "test"]).head(HELD_OUT_PAIRS)
-        source = data.PairData(store, pairs, backbone, loaded.latent_scale)
+        source = data.PairData(store, pairs, backbone, Path(config.home) / "scratch")
         policy, base = loaded.load_unet(model_folder), loaded.unet
         margins: list[np.ndarray] = []
-        for start in range(0, len(pairs), 64):
-            rows = list(range(start, min(start + 64, len(pairs))))
+        for start in range(0, len(pairs), validation.BATCH):
+            rows = list(range(start, min(start + validation.BATCH, len(pairs))))
             ids = pairs["pair_id"][rows].to_list()
-            draws = []
+            drawn = []
             for draw in range(HELD_OUT_DRAWS):
-                keys = [("held_out", i, draw) for i in ids]
-                batch = source.batch(rows, keys, [False] * len(rows))
-                noise = randomness.normal(source.latent_shape, [(*k, "noise") for k in keys]).to(loaded.device)
-                timestep = int((draw + 0.5) / HELD_OUT_DRAWS * loaded.timesteps)
-                steps = torch.full((len(rows),), timestep, device=loaded.device)
-                draws.append(
-                    loop.predict_pairs(loaded, policy, base, batch, noise, steps, loaded.device).margin.cpu().numpy()
+                fixed = validation.fixed_draws("held_out", ids, draw, HELD_OUT_DRAWS, loaded.timesteps)
+                before, after = (
+                    validation.pair_errors(loaded, m, source, rows, fixed, computing) for m in (base, policy)
                 )
-            margins.append(np.stack(draws, 1))
+                drawn.append(((before[0] - before[1]) - (after[0] - after[1])).numpy())
+            margins.append(np.stack(drawn, 1))
             progress(f"held-out pairs of {recipe}: {rows[-1] + 1}/{len(pairs)}")
         margin = np.concatenate(margins)
         return pairs.select("pair_id", "prompt_id").with_columns(
@@ -158,7 +157,7 @@ def held_out(
         make,
         inputs=inputs,
         code_version=CODE_VERSION,
-        parameters={"pairs": HELD_OUT_PAIRS, "draws": HELD_OUT_DRAWS, "model": trained.fingerprint},
+        parameters={"pairs": HELD_OUT_PAIRS, "draws": HELD_OUT_DRAWS, "model": trained.fingerprint, "precision": precision},
         partition=recipe,
     )
 

@@ -1,37 +1,64 @@
 """The only training loop: one recipe on one store, resumable at every checkpoint, streaming its metrics.
 
-Belongs here: steps, checkpoints, metrics. Does not belong here: losses, data selection, backbones.
+Order of a step: batches of all micro-batches -> forward -> statistics over all processes -> loss -> backward; clip, step;
+then what follows the policy (reference, annotators, running statistics). Nothing is random but the counter-based draws of
+`data`, so that the state of a run is its weights and statistics.
+Belongs here: runs, steps, metrics. Does not belong here: losses, data selection, backbones.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
+import resource
+import shutil
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs
 
 from pipelines import schemas
-from pipelines.config import Config
+from pipelines.config import Config, ConfigError
 from pipelines.identity import fingerprint
 from pipelines.tables import Built, Store, StoreError
-from trainers import data, losses, noising, randomness
+from trainers import data, trajectories
+from trainers.backbones import exports
+from trainers.backbones.adapters import cast_frozen, trained_parameters
 from trainers.caches import Backbone
-from trainers.recipes import Objective, Recipe
+from trainers.checkpoints import CheckpointFile
+from trainers.ema_annotators import EmaAnnotators
+from trainers.forward import PairForward
+from trainers.losses import PairBatch
+from trainers.objectives import Bound
+from trainers.precision import DTYPES, resolve_precision
+from trainers.recipes import Inversion, LoRA, Recipe
+from trainers.recorder import Recorder, Report
 from trainers.references import Reference
+from trainers.schedules import learning_rate, optimizer
+from trainers.validation import METRICS, Validation, is_better
 
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 Progress = Callable[[str], None]
+NAMED_PAIRS = 5
+"""Pairs that an error names."""
 
 
 class NotTrained(StoreError):
     """A trained model is needed that is not there; the message says what to run."""
+
+
+class TrainingStopped(FloatingPointError):
+    """The loss or the gradient is not a number or too large; the message names the step and the pairs."""
 
 
 @dataclass(frozen=True)
@@ -42,209 +69,607 @@ class Trained:
     model: Path
 
 
-def objective(rule: Objective, batch: losses.PairBatch) -> torch.Tensor:
-    """Return the objective's loss per pair, [B]."""
-    match rule.name:
-        case "diffusion_dpo":
-            return losses.diffusion_dpo(batch, beta=rule.beta)
-
-
 class Run:
     """One recipe on one store: its identity, folder and files."""
 
-    def __init__(self, store: Store, config: Config, recipe: Recipe, backbone: Backbone) -> None:
-        self.store, self.config, self.recipe, self.backbone = store, config, recipe, backbone
-        self.steps = config.training.steps or recipe.steps
+    def __init__(
+        self, store: Store, config: Config, recipe: Recipe, backbone: Backbone, start: Trained | None = None
+    ) -> None:
+        """Compute what the run would be made from.
+
+        Args:
+            start: the finished run of `recipe.start`.
+
+        Raises:
+            StoreError: a table that it reads is missing.
+            ConfigError: the recipe is meant for another family of backbones.
+        """
+        self.store, self.config, self.recipe, self.backbone, self.start = store, config, recipe, backbone, start
+        if recipe.family != backbone.config.family:
+            raise ConfigError(
+                f"recipe {recipe.name!r} is for backbones of family {recipe.family!r}; training.backbone "
+                f"{backbone.config.name!r} is {backbone.config.family!r}: choose another recipe or backbone"
+            )
+        training = config.training
+        self.steps = training.steps or recipe.steps
+        self.batch_size = training.batch_size or recipe.batch_size
+        self.precision = resolve_precision(training.precision, backbone.device)
         self.inputs = [
             store.require("preferences"),
+            *([store.require("pair_groups")] if "group" in recipe.objective.needs else []),
             store.require("prompt_embeddings", backbone.partition("all")),
             *store.manifests("latents", backbone.partition()),
         ]
+        # What a batch statistic is taken over changes the result by more than rounding.
+        over = training.micro_batch if Bound(recipe.objective).has_sums else None
         self.mark = fingerprint(
             code_version=CODE_VERSION,
             recipe=recipe.numbers(),
             steps=self.steps,
-            seed=config.training.seed,
+            batch_size=self.batch_size,
+            precision=self.precision,
+            statistics_over=over,
+            seed=training.seed,
+            export=training.export if training.export == "last" else training.validation.model_dump(),
             backbone=backbone.digest,
+            start=None if start is None else start.metrics.manifest.fingerprint,
             inputs={m.table + "/" + m.partition: m.content for m in self.inputs},
         )
         # A folder per identity: another configuration never overwrites a finished model.
         self.folder = config.runs_folder / recipe.name / self.mark
         self.model_folder = self.folder / "model"
+        self.best_folder = self.folder / "best"
+        self.scratch = Path(config.home) / "scratch"
+
+    @property
+    def trajectories(self) -> str | None:
+        """Return where in the table `trajectories` the run's lie: below backbone, start, mode and steps; None: nowhere."""
+        rule = self.recipe.noising
+        if not isinstance(rule, Inversion) or not rule.is_cached:
+            return None
+        start = "" if self.start is None else f"-from-{self.start.metrics.manifest.fingerprint[:8]}"
+        return f"{self.backbone.partition()}{start}/{rule.mode}-{rule.steps}/"
 
     def finished(self) -> Trained | None:
         """Return the run if its metrics are committed and its model lies there."""
         manifest = self.store.manifest("training_metrics", self.recipe.name)
-        if manifest is None or manifest.fingerprint != self.mark or not (self.model_folder / "unet").exists():
+        if manifest is None or manifest.fingerprint != self.mark or exports.kind(self.model_folder) is None:
             return None
         return Trained(Built(manifest, True), self.model_folder)
 
 
-def train(run: Run, progress: Progress = print) -> Trained:
+def print_json(row: dict[str, Any]) -> None:
+    """Report a row as one line of JSON, as a launcher reads it."""
+    print(json.dumps(row), flush=True)
+
+
+def train(run: Run, progress: Progress = print, report: Report = lambda row: None) -> Trained:
     """Train the run's recipe, or resume it, or return it if it is finished.
 
-    Progress lines that start with '{' are JSON metrics of a step.
+    With several processes every one calls this; all return the same.
+
+    Args:
+        progress: gets lines for people.
+        report: gets the row of every step and validation; see `Recorder`.
     """
     if (done := run.finished()) is not None:
         progress(f"{run.recipe.name}: unchanged, nothing to train")
         return done
-    started = time.monotonic()
-    run.folder.mkdir(parents=True, exist_ok=True)
-    recipe, backbone = run.recipe, run.backbone.model
-    accelerator = Accelerator(cpu=backbone.device.type == "cpu")
-    if accelerator.num_processes > 1:
-        raise NotImplementedError(f"training in one process only so far, found {accelerator.num_processes}; start one")
-    pairs = data.PairData(
-        run.store, data.select_pairs(run.store, recipe.policy, ["train"]), run.backbone, backbone.latent_scale
-    )
-    policy = backbone.load_unet(backbone.folder).train().requires_grad_(True)
-    reference = Reference(policy, recipe.reference)
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=recipe.optimiser.learning_rate, weight_decay=recipe.optimiser.weight_decay
-    )
-    checkpoint = _Checkpoint(run.folder / "checkpoint.pt")
-    metrics = checkpoint.restore(policy, optimizer, reference)
-    first = len(metrics)
-    progress(
-        f"{recipe.name}: {len(pairs)} pairs, steps {first + 1} to {run.steps} of {recipe.batch_size} pairs on "
-        f"{backbone.device}" + (f", resumed after step {first}" if first else "")
-    )
-    model, optimizer = accelerator.prepare(policy, optimizer)
-    for step in range(first, run.steps):
-        row = _step(run, accelerator, model, reference, optimizer, pairs, step)
-        metrics.append(row)
-        progress(json.dumps({"recipe": recipe.name, "of": run.steps, **row}))
-        if (step + 1) % run.config.training.checkpoint_every == 0 and step + 1 < run.steps:
-            checkpoint.save(accelerator.unwrap_model(model), optimizer, reference, metrics)
-    backbone.export(accelerator.unwrap_model(model).eval(), run.model_folder)
-    manifest = run.store.write(
-        schemas.TRAINING_METRICS,
-        pl.DataFrame(metrics, schema=schemas.TRAINING_METRICS.polars_schema),
-        partition=recipe.name,
-        made_from=run.mark,
-        inputs={f"{m.table}/{m.partition}": m.content for m in run.inputs},
-        extra={
-            "model": str(run.model_folder),
-            "recipe": recipe.numbers(),
-            "pairs": len(pairs),
-            "seed": run.config.training.seed,
-            "device": str(backbone.device),
-        },
-        started=started,
-    )
-    checkpoint.remove()
-    return Trained(Built(manifest, False), run.model_folder)
+    return Trainer(run, progress, report).train()
 
 
-def _step(
-    run: Run,
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    reference: Reference,
-    optimizer: Any,
-    pairs: data.PairData,
-    step: int,
-) -> dict[str, float]:
-    """Take one optimiser step; return its row of `training_metrics`."""
-    started = time.monotonic()
-    recipe, backbone, seed = run.recipe, run.backbone.model, run.config.training.seed
-    drawn = data.batch_rows(step, recipe.batch_size, len(pairs), seed)
-    ids = pairs.pairs["pair_id"]
-    keys = [(seed, ids[row], epoch) for row, epoch in drawn]
-    dropped = randomness.uniform([(*k, "dropout") for k in keys]) < recipe.prompt_dropout
-    batch = pairs.batch([row for row, _ in drawn], keys, dropped.tolist())
-    device = accelerator.device
-    noise = randomness.normal(pairs.latent_shape, [(*k, "noise") for k in keys]).to(device)
-    timesteps = randomness.integers(backbone.timesteps, [(*k, "timestep") for k in keys]).to(device)
-    pair_batch = predict_pairs(backbone, model, reference.model, batch, noise, timesteps, device)
-    loss = objective(recipe.objective, pair_batch).mean()
-    for group in optimizer.param_groups:
-        group["lr"] = recipe.optimiser.learning_rate * min(1.0, (step + 1) / max(1, recipe.optimiser.warmup_steps))
-    accelerator.backward(loss)
-    norm = accelerator.clip_grad_norm_(model.parameters(), recipe.optimiser.max_gradient_norm)
-    if not torch.isfinite(norm):
-        raise FloatingPointError(
-            f"{recipe.name}, step {step + 1}: the gradient's norm is {norm}; lower the learning rate or beta"
-        )
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    reference.after_step(step + 1, accelerator.unwrap_model(model))
-    margin = pair_batch.margin.detach()
-    return {
-        "step": step + 1,
-        "loss": float(loss.detach()),
-        "implicit_accuracy": float(agreement(margin).mean()),
-        "margin": float(margin.mean()),
-        "gradient_norm": float(norm),
-        "pairs_per_second": round(recipe.batch_size / (time.monotonic() - started), 2),
-    }
+class Trainer:
+    """A run while it trains: models, optimiser and everything that follows the policy.
 
-
-def predict_pairs(
-    backbone: Any,
-    policy: torch.nn.Module,
-    reference: torch.nn.Module,
-    batch: data.Batch,
-    noise: torch.Tensor,
-    timesteps: torch.Tensor,
-    device: torch.device,
-) -> losses.PairBatch:
-    """Noise a batch and predict with both models, the reference without gradient.
-
-    noise: [B, C, H, W]; timesteps: [B]; both on `device`.
+    `train` does everything; `start`, then `step` for one step after another, then `close` does the steps alone.
     """
-    noisy, target = noising.noised(
-        batch.latents.to(device),
-        noise,
-        timesteps,
-        backbone.alphas_cumprod,
-        predicts_velocity=backbone.predicts_velocity,
-    )
-    flat = noisy.flatten(0, 1)
-    steps = timesteps.repeat(2)
-    embeddings = batch.embeddings.to(device).repeat(2, 1, 1)
-    policy_out = backbone.predict(policy, flat, steps, embeddings).view_as(noisy)
-    with torch.no_grad():
-        reference_out = backbone.predict(reference, flat, steps, embeddings).view_as(noisy)
-    return losses.PairBatch(target.contiguous(), policy_out, reference_out)
+
+    def __init__(self, run: Run, progress: Progress = print, report: Report = lambda row: None) -> None:
+        """Load models and caches, and the checkpoint if there is one."""
+        self.run, self.recipe, self.options = run, run.recipe, run.config.training
+        self.started, self._closing = time.monotonic(), contextlib.ExitStack()
+        device = torch.device(run.backbone.device)
+        self.accelerator = Accelerator(
+            cpu=device.type == "cpu",
+            mixed_precision="no" if run.precision == "fp32" else run.precision,
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
+        self.is_main = self.accelerator.is_main_process
+        self.say: Progress = progress if self.is_main else lambda message: None
+        self.report: Report = report if self.is_main else lambda row: None
+        self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.micro, self.accumulation = micro_batches(run.batch_size, self.world, self.options.micro_batch)
+        self.backbone = run.backbone.model
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with self._main_first():
+            self.pairs = data.PairData(
+                run.store,
+                data.training_pairs(run.store, self.recipe),
+                run.backbone,
+                run.scratch,
+                self.recipe.noising,
+                with_flips=self.recipe.flip,
+            )
+        self._make_models()
+        self.checkpoint = CheckpointFile(run.folder / "checkpoint.pt")
+        self._restore()
+
+    # --- models ----------------------------------------------------------------------------------------------------
+
+    def _make_models(self) -> None:
+        run, recipe = self.run, self.recipe
+        start = None if run.start is None else run.start.model
+        policy = self.backbone.trainable(recipe.weights, start, self.options.seed)
+        dtype = DTYPES.get(run.precision)
+        if dtype is not None and isinstance(recipe.weights, LoRA):
+            cast_frozen(policy, dtype)
+        if self.options.activation_checkpointing:
+            policy.enable_gradient_checkpointing()
+        self.bound = Bound(recipe.objective)
+        self.state = {k: v.to(self.accelerator.device) for k, v in self.bound.state().items()}
+        has_reference = self.bound.needs("reference") or (
+            isinstance(recipe.noising, Inversion) and recipe.noising.under == "reference"
+        )
+        self.reference = Reference(policy, recipe.reference, dtype) if has_reference else None
+        self.annotators = EmaAnnotators(policy) if self.bound.needs("annotators") else None
+        self.policy = policy
+        self.optimizer = optimizer(recipe.optimiser, trained_parameters(policy).values())
+        self.validation = (
+            Validation(
+                run.store,
+                run.config,
+                run.backbone,
+                self.accelerator,
+                getattr(recipe.objective, "beta", 1.0),
+                self.say,
+                run.scratch,
+            )
+            if self.options.validation.every
+            else None
+        )
+        if self.options.validation.best_by not in METRICS:
+            raise ConfigError(
+                f"training.validation.best_by: expected one of {list(METRICS)}, found {self.options.validation.best_by!r}"
+            )
+
+    def _prepare(self) -> None:
+        if self.options.compile:
+            self.policy.compile()
+            if self.reference is not None:
+                self.reference.compile()
+        self.model, self.optimizer = self.accelerator.prepare(self.policy, self.optimizer)
+        self.forward = PairForward(
+            self.backbone,
+            self.recipe,
+            self.bound,
+            self.model,
+            self.reference,
+            self.annotators,
+            self.accelerator.autocast,
+        )
+        if self._scaler is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(self._scaler)
+
+    @contextlib.contextmanager
+    def _main_first(self) -> Iterator[None]:
+        """Let the first process make what all of them read."""
+        if not self.is_main:
+            self.accelerator.wait_for_everyone()
+        yield
+        if self.is_main:
+            self.accelerator.wait_for_everyone()
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        # Rows per pair first: the checkpoint promises that they are there.
+        self.recorder.save_pairs(len(self.metrics))
+        scaler = self.accelerator.scaler
+        self.checkpoint.save(
+            {
+                "policy": {n: p.detach() for n, p in trained_parameters(self.policy).items()},
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "reference": None if self.reference is None else self.reference.state_dict(),
+                "annotators": None if self.annotators is None else self.annotators.state_dict(),
+                "state": self.state,
+                "metrics": self.metrics,
+                "validations": self.validations,
+                "best": self.best,
+                "validation_start": None if self.validation is None else self.validation.start,
+            }
+        )
+
+    def _restore(self) -> None:
+        self.metrics: list[dict[str, Any]] = []
+        self.validations: list[dict[str, Any]] = []
+        self.best: dict[str, Any] | None = None
+        self._scaler: dict[str, Any] | None = None
+        state = self.checkpoint.load()
+        if state is None:
+            return
+        trained = trained_parameters(self.policy)
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(state["policy"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.reference is not None:
+            self.reference.load_state_dict(state["reference"])
+        if self.annotators is not None:
+            self.annotators.load_state_dict(state["annotators"])
+        self.state = {k: v.to(self.accelerator.device) for k, v in state["state"].items()}
+        self._scaler, self.best = state["scaler"], state["best"]
+        self.metrics, self.validations = state["metrics"], state["validations"]
+        if self.validation is not None:
+            self.validation.start = state["validation_start"]
+
+    # --- the run ---------------------------------------------------------------------------------------------------
+
+    def train(self) -> Trained:
+        """Train to the end; return what was committed."""
+        with contextlib.closing(self):
+            first = self.start()
+            if self.validation is not None:
+                self.validation.prepare(self._whole_policy(), self.accelerator.autocast)
+                if first == 0:
+                    self._validate(0)
+            for step in range(first, self.run.steps):
+                self.step(step)
+                done = step + 1
+                if self.validation is not None and (done % self.options.validation.every == 0 or done == self.run.steps):
+                    self._validate(done)
+                if self.is_main and done % self.options.checkpoint_every == 0 and done < self.run.steps:
+                    self._save()
+            return self._finish()
+
+    def start(self) -> int:
+        """Make what the steps need; return the number of steps that are done already."""
+        run, first = self.run, len(self.metrics)
+        self.make_trajectories(first)
+        self.say(
+            f"{self.recipe.name}: {len(self.pairs)} pairs, steps {first + 1} to {run.steps} of {run.batch_size} pairs "
+            f"({self.world} x {self.accumulation} x {self.micro}) in {run.precision} on {self.backbone.device}"
+            + (f", resumed after step {first}" if first else "")
+        )
+        self._prepare()
+        if self.is_main:
+            self.recorder = Recorder(run.folder, self.recipe.name, run.steps, first, self.report)
+            self._closing.callback(self.recorder.close)
+        self._ready = self._closing.enter_context(_ahead(self._batches(first)))
+        return first
+
+    def step(self, step: int) -> dict[str, Any]:
+        """Take the optimiser step with that index, the one after the last; return its row of `training_metrics`."""
+        row = self._step(step, self._ready)
+        self.metrics.append(row)
+        if self.is_main:
+            self.recorder.step(row)
+        return row
+
+    def close(self) -> None:
+        """Close the record and end the preparation of batches."""
+        self._closing.close()
+
+    def _whole_policy(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
+
+    def make_trajectories(self, first: int = 0) -> None:
+        """Make the trajectories that the steps from `first` on read, where the recipe's noising caches them."""
+        rule, where = self.recipe.noising, self.run.trajectories
+        if not isinstance(rule, Inversion) or where is None:
+            return
+        run, backbone = self.run, self.backbone
+        assert self.reference is not None
+        wanted = self.pairs.wanted_trajectories(
+            range(first, run.steps), run.batch_size, self.options.seed, self.recipe, backbone.timesteps
+        )
+
+        def predict(x: torch.Tensor, labels: torch.Tensor, conditioning: Any) -> torch.Tensor:
+            with torch.no_grad(), self.accelerator.autocast():
+                return backbone.predict(self.reference, x, labels, conditioning).float()
+
+        # Trajectories belong to the model at the start; a reference that has moved since must not make any.
+        if self.recipe.reference.kind != "frozen" and first > 0 and trajectories.missing(run.store, where, wanted).height:
+            raise StoreError(f"{where}: trajectories of the run's start are gone; remove {run.folder} to train anew")
+        trajectories.ensure(
+            run.store,
+            wanted,
+            where=where,
+            inversion=rule,
+            x0=self.pairs.start_latents,
+            conditioning=self.pairs.conditioning,
+            predict=predict,
+            alphas_cumprod=backbone.alphas_cumprod,
+            predicts_velocity=backbone.predicts_velocity,
+            batch_size=2 * self.micro,
+            rank=self.rank,
+            world=self.world,
+            progress=self.say,
+        )
+        self.accelerator.wait_for_everyone()
+        with self._main_first():
+            self.pairs.open_trajectories(where)
+
+    def _batches(self, first: int) -> Iterator[data.Batch]:
+        """Yield this process's micro-batches of all steps from `first` on."""
+        ids = self.pairs.pairs["pair_id"].to_list()
+        for step in range(first, self.run.steps):
+            for micro in range(self.accumulation):
+                rows = self._rows(step, micro)
+                drawn = data.draws(
+                    self.options.seed,
+                    [ids[r] for r, _ in rows],
+                    [e for _, e in rows],
+                    self.recipe,
+                    self.backbone.timesteps,
+                )
+                batch = self.pairs.batch([r for r, _ in rows], drawn)
+                yield batch.pinned() if self.accelerator.device.type == "cuda" else batch
+
+    def _rows(self, step: int, micro: int, rank: int | None = None) -> list[tuple[int, int]]:
+        """Return (row, epoch) of a process's micro-batch."""
+        rows = data.batch_rows(step, self.run.batch_size, len(self.pairs), self.options.seed)
+        start = (micro * self.world + (self.rank if rank is None else rank)) * self.micro
+        return rows[start : start + self.micro]
+
+    def _step(self, step: int, batches: Iterator[data.Batch]) -> dict[str, Any]:
+        """Take one optimiser step; return its row of `training_metrics`."""
+        started, rule = time.monotonic(), self.recipe.optimiser
+        rate = learning_rate(rule, step, self.run.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        observed: list[torch.Tensor] = []
+        sums: dict[str, torch.Tensor] = {}
+        for micro in range(self.accumulation):
+            batch = next(batches).to(self.accelerator.device)
+            is_last = micro == self.accumulation - 1
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                pairs = self.forward(batch)
+                added = {
+                    k: self.accelerator.reduce(v, "sum") for k, v in self.bound.sums(pairs, self.state).items()
+                }
+                statistics = {**self.state, **added}
+                values = self.bound.loss(pairs, statistics)
+                self.accelerator.backward(values.mean() / self.accumulation)
+            sums = {k: sums[k] + v if k in sums else v for k, v in added.items()}
+            observed.append(self._observed(values, pairs, statistics, batch))
+        table = self._gathered(observed)
+        self._refuse_bad_losses(step, table[0])
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), rule.max_gradient_norm)
+        norm = float(norm)
+        # Float16 overflows now and then: the scaler leaves the step out and lowers its scale.
+        if not math.isfinite(norm) and self.accelerator.scaler is None:
+            self._refuse(step, f"the gradient's norm is {norm}", table[0])
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        policy = self._whole_policy()
+        if self.reference is not None:
+            self.reference.after_step(step + 1, policy)
+        if self.annotators is not None:
+            self.annotators.after_step(step + 1, policy)
+        self.state = self.bound.update(self.state, sums)
+        row = self._row(step, table, norm, rate, time.monotonic() - started)
+        if self.is_main and self.options.log_pairs:
+            self._log_pairs(step, table)
+        return row
+
+    def _observed(
+        self, values: torch.Tensor, pairs: PairBatch, statistics: Any, batch: data.Batch
+    ) -> torch.Tensor:
+        """Return what is told of a micro-batch's pairs, [len(_OBSERVED), B]; NaN where the objective has no such thing."""
+        nothing = torch.full_like(values, float("nan"))
+        told = {"loss": values.detach().float(), "timestep": batch.timesteps.float()}
+        if pairs.reference is not None:
+            change = (pairs.policy_error - pairs.reference_error).detach()
+            told |= {
+                "margin": pairs.margin.detach(),
+                "winner_change": change[0],
+                "loser_change": change[1],
+                "drift": (pairs.policy.detach().float() - pairs.reference.float()).pow(2).mean((0, 2, 3, 4)),
+            }
+        told |= self.bound.details(pairs, statistics)
+        return torch.stack([told.get(k, nothing).float() for k in _OBSERVED])
+
+    def _gathered(self, observed: list[torch.Tensor]) -> torch.Tensor:
+        """Return what all processes observed, float64 [len(_OBSERVED), pairs], in the order of the step's rows."""
+        mine = torch.stack(observed)
+        everyone = self.accelerator.gather(mine[None]) if self.world > 1 else mine[None]
+        # [world, accumulation, columns, micro] -> [columns, accumulation, world, micro]
+        return everyone.permute(2, 1, 0, 3).reshape(len(_OBSERVED), -1).double().cpu()
+
+    def _row(self, step: int, table: torch.Tensor, norm: float, rate: float, seconds: float) -> dict[str, Any]:
+        means = dict(zip(_OBSERVED, table.mean(1).tolist(), strict=True))
+        margin = table[_OBSERVED.index("margin")]
+        has_margin = not bool(margin.isnan().any())
+        compared = ("margin", "winner_change", "loser_change", "drift")
+        return {
+            "step": step + 1,
+            "loss": means["loss"],
+            "implicit_accuracy": float(agreement(margin).mean()) if has_margin else None,
+            **{k: means[k] if has_margin else None for k in compared},
+            "gradient_norm": norm if math.isfinite(norm) else None,
+            "learning_rate": rate,
+            "pairs_per_second": round(self.run.batch_size / seconds, 2),
+            "peak_memory_mib": round(_peak_memory(self.accelerator.device), 1),
+        }
+
+    def _log_pairs(self, step: int, table: torch.Tensor) -> None:
+        rows = data.batch_rows(step, self.run.batch_size, len(self.pairs), self.options.seed)
+        ids = self.pairs.pairs["pair_id"]
+        columns = {k: table[i].tolist() for i, k in enumerate(_OBSERVED)}
+        told = ("loss", "margin", "confidence", "stability", "metric", "weight")
+        self.recorder.pairs(
+            [
+                {
+                    "step": step + 1,
+                    "pair_id": ids[row],
+                    "epoch": epoch,
+                    "timestep": int(columns["timestep"][i]),
+                    **{k: None if columns[k][i] != columns[k][i] else columns[k][i] for k in told},
+                }
+                for i, (row, epoch) in enumerate(rows)
+            ]
+        )
+
+    # --- what must not go on ---------------------------------------------------------------------------------------
+
+    def _refuse_bad_losses(self, step: int, values: torch.Tensor) -> None:
+        if not bool(torch.isfinite(values).all()):
+            self._refuse(step, "the loss is not a number", values)
+        if (mean := float(values.mean())) > self.options.loss_limit:
+            self._refuse(step, f"the loss is {mean:.4g}, above training.loss_limit = {self.options.loss_limit:g}", values)
+
+    def _refuse(self, step: int, what: str, values: torch.Tensor) -> None:
+        """Stop; all processes see the same numbers and so all of them stop."""
+        rows = data.batch_rows(step, self.run.batch_size, len(self.pairs), self.options.seed)
+        worst = torch.nan_to_num(values, nan=float("inf")).argsort(descending=True)[:NAMED_PAIRS].tolist()
+        ids = self.pairs.pairs["pair_id"]
+        named = ", ".join(f"{ids[rows[i][0]]} (loss {values[i]:.4g})" for i in worst)
+        saved = "no checkpoint" if not self.checkpoint.path.exists() else f"the last checkpoint is {self.checkpoint.path}"
+        raise TrainingStopped(
+            f"{self.recipe.name}, step {step + 1}: {what}; largest losses: {named}. Lower the learning rate or beta, or look "
+            f"at these pairs (`python -m pipelines sql`); {saved}"
+        )
+
+    # --- validation and the end ------------------------------------------------------------------------------------
+
+    def _validate(self, step: int) -> None:
+        assert self.validation is not None
+        values, picture = self.validation.measure(self._whole_policy(), self.accelerator.autocast)
+        if not self.is_main:
+            return
+        self.validations += [{"step": step, "metric": k, "value": v, "count": n} for k, (v, n) in values.items()]
+        self.recorder.validation(step, values, picture)
+        if picture:
+            folder = self.run.folder / "samples"
+            folder.mkdir(exist_ok=True)
+            (folder / f"{step:09d}.png").write_bytes(picture)
+        told = ", ".join(f"{k} {v:.4f}" for k, (v, _) in values.items())
+        self.say(f"{self.recipe.name}: validation after step {step}: {told}")
+        metric = self.options.validation.best_by
+        best = None if self.best is None else float(self.best["value"])
+        if metric in values and step and is_better(metric, values[metric][0], best):
+            self.best = {"metric": metric, "value": values[metric][0], "step": step}
+            self.backbone.export(self._whole_policy(), self.run.best_folder)
+            (self.run.folder / "best.json").write_text(json.dumps(self.best))
+
+    def _finish(self) -> Trained:
+        run = self.run
+        if self.is_main:
+            if self.options.export == "best" and self.best is not None:
+                staged = run.model_folder.with_name("model.writing")
+                shutil.rmtree(staged, ignore_errors=True)
+                shutil.copytree(run.best_folder, staged)
+                shutil.rmtree(run.model_folder, ignore_errors=True)
+                staged.rename(run.model_folder)
+            else:
+                self.backbone.export(self._whole_policy(), run.model_folder)
+            self._commit_side_tables()
+            manifest = run.store.write(
+                schemas.TRAINING_METRICS,
+                pl.DataFrame(self.metrics, schema=schemas.TRAINING_METRICS.polars_schema),
+                partition=self.recipe.name,
+                made_from=run.mark,
+                inputs={f"{m.table}/{m.partition}": m.content for m in run.inputs},
+                extra={
+                    "model": str(run.model_folder),
+                    "recipe": self.recipe.numbers(),
+                    "pairs": len(self.pairs),
+                    "seed": self.options.seed,
+                    "device": str(self.backbone.device),
+                    "precision": run.precision,
+                    "processes": self.world,
+                    "micro_batch": self.micro,
+                    "best": self.best,
+                },
+                started=self.started,
+            )
+            self.checkpoint.remove()
+        self.accelerator.wait_for_everyone()
+        if not self.is_main:
+            manifest = run.store.require("training_metrics", self.recipe.name)
+        return Trained(Built(manifest, False), run.model_folder)
+
+    def _commit_side_tables(self) -> None:
+        run, name = self.run, self.recipe.name
+        run.store.write(
+            schemas.TRAINING_VALIDATIONS,
+            pl.DataFrame(self.validations, schema=schemas.TRAINING_VALIDATIONS.polars_schema),
+            partition=name,
+            made_from=run.mark,
+        )
+        if self.options.log_pairs:
+            self.recorder.save_pairs(run.steps)
+            run.store.write(
+                schemas.TRAINING_PAIRS,
+                (pl.read_parquet(f) for f in self.recorder.saved_pairs()),
+                partition=name,
+                made_from=run.mark,
+            )
+
+
+_OBSERVED = (
+    "loss",
+    "timestep",
+    "margin",
+    "winner_change",
+    "loser_change",
+    "drift",
+    "confidence",
+    "stability",
+    "metric",
+    "weight",
+)
+
+
+def micro_batches(batch_size: int, world: int, micro_batch: int | None) -> tuple[int, int]:
+    """Return (pairs per forward of a process, forwards per step).
+
+    Raises:
+        ConfigError: the step's pairs cannot be shared out evenly.
+    """
+    share, rest = divmod(batch_size, world)
+    if rest:
+        raise ConfigError(
+            f"training.batch_size = {batch_size} pairs per step cannot be shared by {world} processes evenly; use a multiple"
+        )
+    micro = min(micro_batch or share, share)
+    if share % micro:
+        raise ConfigError(
+            f"training.micro_batch = {micro} does not divide the {share} pairs of a process and step; use a divisor"
+        )
+    return micro, share // micro
 
 
 def agreement(margin: torch.Tensor) -> torch.Tensor:
     """Return 1 where s > 0, 0.5 where s = 0, else 0."""
-    return (margin > 0).float() + 0.5 * (margin == 0).float()
+    return (margin > 0).double() + 0.5 * (margin == 0).double()
 
 
-class _Checkpoint:
-    """One file that is complete or absent: policy, optimiser, reference, metrics so far."""
+@contextlib.contextmanager
+def _ahead(batches: Iterator[data.Batch]) -> Iterator[Iterator[data.Batch]]:
+    """Give an iterator whose next batch is made while the last one is used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        end = object()
+        following = pool.submit(next, batches, end)
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+        def each() -> Iterator[data.Batch]:
+            nonlocal following
+            while (batch := following.result()) is not end:
+                following = pool.submit(next, batches, end)
+                yield batch  # type: ignore[misc]
 
-    def save(
-        self, policy: torch.nn.Module, optimizer: Any, reference: Reference, metrics: list[dict[str, float]]
-    ) -> None:
-        staged = self.path.with_suffix(".writing")
-        state = {
-            "policy": policy.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "reference": reference.state_dict(),
-            "metrics": metrics,
-        }
-        with staged.open("wb") as handle:
-            torch.save(state, handle)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(staged, self.path)
+        yield each()
 
-    def restore(self, policy: torch.nn.Module, optimizer: Any, reference: Reference) -> list[dict[str, float]]:
-        if not self.path.exists():
-            return []
-        state = torch.load(self.path, weights_only=True, map_location="cpu")
-        policy.load_state_dict(state["policy"])
-        optimizer.load_state_dict(state["optimizer"])
-        reference.load_state_dict(state["reference"])
-        return state["metrics"]
 
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
-        self.path.with_suffix(".writing").unlink(missing_ok=True)
+def _peak_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    # Linux counts kibibytes, macOS bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def wait_for_first() -> None:
+    """With several processes, wait until all of them are here (the first makes the caches that all read)."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        PartialState().wait_for_everyone()

@@ -26,10 +26,11 @@ class Shadow:
             dtype: where all weights are trained, that of the copy's matrix products (see `cast_frozen`); None: as they are.
         """
         trained = trained_parameters(model)
-        self._policy: torch.nn.Module | None = model
+        self._policy = model
         self._module: torch.nn.Module | None = None
+        self.tensors: dict[str, torch.Tensor]
         if len(trained) == sum(1 for _ in model.parameters()):
-            self._policy, self._module = None, copy.deepcopy(model).requires_grad_(False).eval()
+            self._module = copy.deepcopy(model).requires_grad_(False).eval()
             if dtype is not None:
                 cast_frozen(self._module, dtype)
             self.tensors = dict(self._module.named_parameters())
@@ -37,6 +38,7 @@ class Shadow:
             self.tensors = {name: p.detach().clone() for name, p in trained.items()}
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Return what the model returns, with these weights."""
         if self._module is not None:
             return self._module(*arguments, **options)
         return torch.func.functional_call(self._policy, self.tensors, arguments, options)
@@ -87,6 +89,7 @@ class Reference:
             self._shadow = Shadow(policy, None if rule.kind == "ema" else dtype)
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Return what the UNet returns, with the reference's weights."""
         if self._shadow is not None:
             return self._shadow(*arguments, **options)
         with adapters_off(self._policy):

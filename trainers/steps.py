@@ -5,16 +5,25 @@ Belongs here: the order of things and their arguments. Does not belong here: how
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable
 
 from pipelines import catalogue
-from pipelines.config import Config
+from pipelines.config import Config, ConfigError
 from pipelines.scoring import devices
-from pipelines.tables import Built, Store
+from pipelines.tables import Built, Manifest, Store
 from trainers import caches, evaluate, loop, sampling
+from trainers.recipes import Recipe, recipes_in_order
 from trainers.recipes import recipe as recipe_of
+from trainers.recorder import Report
 
 Progress = Callable[[str], None]
+
+
+def process_device(device: str) -> str:
+    """Return the device of this process: of several on one machine each has the GPU of its local rank."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
 
 
 class Training:
@@ -22,7 +31,7 @@ class Training:
 
     def __init__(self, store: Store, config: Config, progress: Progress = print) -> None:
         self.store, self.config, self.progress = store, config, progress
-        self.device = devices.resolve_device(config.training.device)
+        self.device = process_device(devices.resolve_device(config.training.device))
         self.backbone = caches.Backbone(config.backbone, self.device)
 
     def shard_keys(self) -> list[str]:
@@ -30,20 +39,47 @@ class Training:
         return catalogue.shard_keys(self.store)
 
     def latents(self, shard_key: str) -> Built:
-        """Cache one shard's latents."""
-        return caches.cache_latents(self.store, shard_key, self.backbone, self.progress)
+        """Cache one shard's latents, mirrored ones too if a configured recipe mirrors pairs."""
+        flips = any(r.flip for r in self.recipes())
+        return caches.cache_latents(self.store, shard_key, self.backbone, self.progress, flips=flips)
 
     def prompt_embeddings(self) -> Built:
         """Cache all prompts' embeddings."""
         return caches.cache_prompts(self.store, self.backbone, self.progress)
 
-    def run(self, recipe: str) -> loop.Run:
-        """Return the run of a recipe on the store as it is."""
-        return loop.Run(self.store, self.config, recipe_of(recipe), self.backbone)
+    def recipes(self) -> list[Recipe]:
+        """Return the configured recipes and those that they start from, in the order of training."""
+        return recipes_in_order(self.config.training.recipes)
 
-    def train(self, recipe: str) -> loop.Trained:
+    def run(self, recipe: str, *, is_plan: bool = False) -> loop.Run:
+        """Return the run of a recipe on the store as it is.
+
+        Args:
+            is_plan: the recipe that it starts from need not be trained; the run is then not one to train.
+
+        Raises:
+            NotTrained: the recipe that it starts from is not trained.
+        """
+        rule = recipe_of(recipe)
+        start = self._trained(rule.start) if rule.start and not is_plan else None
+        return loop.Run(self.store, self.config, rule, self.backbone, start)
+
+    def train(self, recipe: str, report: Report = lambda row: None) -> loop.Trained:
         """Train a recipe, or resume it, or find it unchanged."""
-        return loop.train(self.run(recipe), self.progress)
+        return loop.train(self.run(recipe), self.progress, report)
+
+    def trajectories(self, recipe: str) -> list[Manifest]:
+        """Make the trajectories that a recipe's run reads, or resume that, or find them; return all that lie there.
+
+        A run that is finished needs none.
+        """
+        run = self.run(recipe)
+        if run.trajectories is None:
+            raise ConfigError(f"recipe {recipe!r} reads no cached trajectories")
+        if run.finished() is None:
+            with contextlib.closing(loop.Trainer(run, self.progress)) as trainer:
+                trainer.make_trajectories()
+        return self.store.manifests("trajectories", run.trajectories)
 
     def _trained(self, recipe: str) -> loop.Trained:
         done = self.run(recipe).finished()
@@ -80,4 +116,4 @@ class Training:
 
     def leaderboard(self) -> Built:
         """Compare all configured recipes with the base."""
-        return evaluate.leaderboard(self.store, self.config, list(self.config.training.recipes))
+        return evaluate.leaderboard(self.store, self.config, [r.name for r in self.recipes()])

@@ -148,7 +148,7 @@ def pack(tensor: torch.Tensor) -> bytes:
     """
     half = tensor.to(torch.float16)
     if not torch.isfinite(half).all():
-        raise ValueError("a cached tensor overflows float16; is the autoencoder the fp16-safe one (backbone.vae)?")
+        raise ValueError("a cached tensor overflows float16; is the autoencoder the fp16-safe one (backbones.vae)?")
     return half.cpu().contiguous().numpy().tobytes()
 
 

@@ -57,13 +57,22 @@ def test_every_table_of_the_store_is_an_asset_with_its_columns(graph):
         for node in (graph.get(k) for k in graph.get_all_asset_keys())
         if "dagster/table_name" in node.metadata
     }
-    assert declared == set(schemas.TABLES)
+    # A training run writes these beside its metrics.
+    assert declared | {"training_validations", "training_pairs"} == set(schemas.TABLES)
 
 
 def test_shards_are_partitions_of_ingest_scores_and_latents_only(graph):
     partitioned = {k.to_user_string() for k in graph.get_all_asset_keys() if graph.get(k).partitions_def is not None}
     scores = {f"scores/{s.name}" for s in configuration.load().scorers}
     assert partitioned == {"votes", "images", "image_names", "prompts", "latents"} | scores
+
+
+@pytest.mark.parametrize(
+    ("recipe", "table"),
+    [("adaptive_dpo", "minority"), ("smpo", "smoothed"), ("balanced_dpo", "consensus"), ("smpo", "trajectories/smpo")],
+)
+def test_a_variant_depends_on_the_labels_that_it_is_about(graph, recipe, table):
+    assert dg.AssetKey(table.split("/")) in graph.get(dg.AssetKey(["trained", recipe])).parent_keys
 
 
 def ancestors(graph, key):
