@@ -26,13 +26,14 @@ import polars as pl
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
+from peft.helpers import disable_input_dtype_casting
 
 from pipelines import schemas
 from pipelines.config import Config, ConfigError
 from pipelines.identity import fingerprint
 from pipelines.tables import Built, Store, StoreError
 from trainers import data, trajectories
-from trainers.backbones import exports
+from trainers.backbones import exports, speed
 from trainers.backbones.adapters import cast_frozen, trained_parameters
 from trainers.caches import Backbone
 from trainers.checkpoints import CheckpointFile
@@ -201,8 +202,13 @@ class Trainer:
         start = None if run.start is None else run.start.model
         policy = self.backbone.trainable(recipe.weights, start, self.options.seed)
         dtype = DTYPES.get(run.precision)
-        if dtype is not None and isinstance(recipe.weights, LoRA):
-            cast_frozen(policy, dtype)
+        speed.arrange(policy, self.options.compile)
+        if dtype is not None:
+            speed.halve_norms(policy)
+            if isinstance(recipe.weights, LoRA):
+                cast_frozen(policy, dtype)
+                # Autocast rounds the adapters' input itself; peft would write it out in float32 first.
+                self._closing.enter_context(disable_input_dtype_casting(policy))
         if self.options.activation_checkpointing:
             policy.enable_gradient_checkpointing()
         self.bound = Bound(recipe.objective)
@@ -233,10 +239,9 @@ class Trainer:
             )
 
     def _prepare(self) -> None:
-        if self.options.compile:
-            self.policy.compile()
-            if self.reference is not None:
-                self.reference.compile()
+        speed.compile_parts(self.policy, self.options.compile)
+        if self.reference is not None:
+            self.reference.compile(self.options.compile)
         self.model, self.optimizer = self.accelerator.prepare(self.policy, self.optimizer)
         self.forward = PairForward(
             self.backbone,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from trainers.backbones.adapters import adapters_off, cast_frozen, trained_parameters
+from trainers.backbones.speed import Parts, compile_parts
 from trainers.recipes import ReferencePolicy
 
 
@@ -43,10 +44,10 @@ class Shadow:
             return self._module(*arguments, **options)
         return torch.func.functional_call(self._policy, self.tensors, arguments, options)
 
-    def compile(self) -> None:
-        """Compile the forward of a whole model."""
+    def compile(self, parts: Parts) -> None:
+        """Compile parts of a second model; where adapters are put into the policy it is the policy's own that count."""
         if self._module is not None:
-            self._module.compile()
+            compile_parts(self._module, parts)
 
     @torch.no_grad()
     def follow(self, model: torch.nn.Module, decay: float = 0.0) -> None:
@@ -95,10 +96,10 @@ class Reference:
         with adapters_off(self._policy):
             return self._policy(*arguments, **options)
 
-    def compile(self) -> None:
-        """Compile the forward of a copy."""
+    def compile(self, parts: Parts) -> None:
+        """Compile parts of the model, where it is one of its own."""
         if self._shadow is not None:
-            self._shadow.compile()
+            self._shadow.compile(parts)
 
     def after_step(self, steps_done: int, policy: torch.nn.Module) -> bool:
         """Follow the rule after an optimiser step; return whether the reference changed."""
