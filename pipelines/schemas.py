@@ -955,7 +955,9 @@ TRAINING_METRICS = Table(
         Column("winner_change", pl.Float64, "mean L_policy - L_reference of the winners; < 0: learned", nullable=True),
         Column("loser_change", pl.Float64, "mean L_policy - L_reference of the losers", nullable=True),
         Column("drift", pl.Float64, "mean squared difference of the policy's and the reference's predictions", True),
-        Column("gradient_norm", pl.Float64, "L2, before clipping; null: float16 overflowed, the step was left out", True),
+        Column(
+            "gradient_norm", pl.Float64, "L2, before clipping; null: float16 overflowed, the step was left out", True
+        ),
         Column("learning_rate", pl.Float64, "of the step"),
         Column("pairs_per_second", pl.Float64, "speed, all processes together"),
         Column("peak_memory_mib", pl.Float64, "of the first process so far: GPU memory, else resident memory"),

@@ -46,7 +46,9 @@ class CheckpointFile:
             state = torch.load(self.path, weights_only=True, map_location="cpu")
         except Exception as error:
             # torch raises several unrelated types for damaged files.
-            raise CheckpointFileError(f"{self.path}: unreadable ({error}); remove it to train from the start") from error
+            raise CheckpointFileError(
+                f"{self.path}: unreadable ({error}); remove it to train from the start"
+            ) from error
         if state.get("code_version") != CODE_VERSION:
             raise CheckpointFileError(
                 f"{self.path}: written by version {state.get('code_version')} of the trainer, this is {CODE_VERSION}; "

@@ -56,9 +56,9 @@ def _without_unknown(frame: pl.LazyFrame, column: str, reason: str) -> pl.LazyFr
     unknown = pl.col(column).is_null()
     return frame.with_columns(
         target_label_0=pl.when(~unknown).then("target_label_0"),
-        excluded_because=pl.when(unknown).then(pl.coalesce("excluded_because", pl.lit(reason))).otherwise(
-            "excluded_because"
-        ),
+        excluded_because=pl.when(unknown)
+        .then(pl.coalesce("excluded_because", pl.lit(reason)))
+        .otherwise("excluded_because"),
     )
 
 
@@ -119,9 +119,7 @@ class Draws:
     is_flipped: list[bool]
 
 
-def draws(
-    seed: int, ids: Sequence[str], epochs: Sequence[int], recipe: Recipe, schedule_length: int
-) -> Draws:
+def draws(seed: int, ids: Sequence[str], epochs: Sequence[int], recipe: Recipe, schedule_length: int) -> Draws:
     """Return the draws of these (pair, epoch).
 
     Timesteps are uniform over the schedule's, or over the inversion's levels where its latents end on them.
@@ -151,6 +149,25 @@ def timesteps_of(noising: Noising, schedule_length: int) -> Sequence[int]:
 def levels_of(noising: Inversion, timesteps: Sequence[int], schedule_length: int) -> list[int]:
     """Return the levels at which the latents for these timesteps end."""
     return inversion.level_of(torch.tensor(timesteps), schedule_length, noising.steps, noising.mode).tolist()
+
+
+def wanted_trajectories(
+    pairs: pl.DataFrame, steps: range, batch_size: int, seed: int, recipe: Recipe, schedule_length: int
+) -> pl.DataFrame:
+    """Return image_id, prompt_id, is_flipped, level of all trajectories that these optimiser steps on the pairs read."""
+    assert isinstance(recipe.noising, Inversion)
+    rows = list(dict.fromkeys(r for s in steps for r in batch_rows(s, batch_size, len(pairs), seed)))
+    part = pairs[[row for row, _ in rows]]
+    drawn = draws(seed, part["pair_id"].to_list(), [epoch for _, epoch in rows], recipe, schedule_length)
+    prompts = [EMPTY_PROMPT if d else p for p, d in zip(part["prompt_id"], drawn.is_dropped, strict=True)]
+    levels = levels_of(recipe.noising, drawn.timesteps, schedule_length)
+    frame = pl.DataFrame(
+        {"prompt_id": prompts, "is_flipped": drawn.is_flipped, "level": levels}, schema_overrides={"level": pl.Int32}
+    )
+    return pl.concat(
+        frame.with_columns(image_id=part[side]).select("image_id", "prompt_id", "is_flipped", "level")
+        for side in ("winner_id", "loser_id")
+    ).unique(maintain_order=True)
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -241,24 +258,6 @@ class PairData:
         return len(self.pairs)
 
     # --- trajectories ----------------------------------------------------------------------------------------------
-
-    def wanted_trajectories(self, steps: range, batch_size: int, seed: int, recipe: Recipe, length: int) -> pl.DataFrame:
-        """Return image_id, prompt_id, is_flipped, level of all trajectories that these optimiser steps read."""
-        rows = [r for s in steps for r in batch_rows(s, batch_size, len(self), seed)]
-        rows = list(dict.fromkeys(rows))
-        part = self.pairs[[r for r, _ in rows]]
-        drawn = draws(seed, part["pair_id"].to_list(), [e for _, e in rows], recipe, length)
-        prompts = [EMPTY_PROMPT if d else p for p, d in zip(part["prompt_id"], drawn.is_dropped, strict=True)]
-        assert isinstance(self.noising, Inversion)
-        levels = levels_of(self.noising, drawn.timesteps, length)
-        frame = pl.DataFrame(
-            {"prompt_id": prompts, "is_flipped": drawn.is_flipped, "level": levels},
-            schema_overrides={"level": pl.Int32},
-        )
-        return pl.concat(
-            frame.with_columns(image_id=part[side]).select("image_id", "prompt_id", "is_flipped", "level")
-            for side in ("winner_id", "loser_id")
-        ).unique(maintain_order=True)
 
     def open_trajectories(self, where: str) -> None:
         """Read latents at their timesteps from the trajectories that lie there."""

@@ -157,7 +157,12 @@ def held_out(
         make,
         inputs=inputs,
         code_version=CODE_VERSION,
-        parameters={"pairs": HELD_OUT_PAIRS, "draws": HELD_OUT_DRAWS, "model": trained.fingerprint, "precision": precision},
+        parameters={
+            "pairs": HELD_OUT_PAIRS,
+            "draws": HELD_OUT_DRAWS,
+            "model": trained.fingerprint,
+            "precision": precision,
+        },
         partition=recipe,
     )
 

@@ -321,7 +321,9 @@ class Trainer:
             for step in range(first, self.run.steps):
                 self.step(step)
                 done = step + 1
-                if self.validation is not None and (done % self.options.validation.every == 0 or done == self.run.steps):
+                if self.validation is not None and (
+                    done % self.options.validation.every == 0 or done == self.run.steps
+                ):
                     self._validate(done)
                 if self.is_main and done % self.options.checkpoint_every == 0 and done < self.run.steps:
                     self._save()
@@ -365,8 +367,13 @@ class Trainer:
             return
         run, backbone = self.run, self.backbone
         assert self.reference is not None
-        wanted = self.pairs.wanted_trajectories(
-            range(first, run.steps), run.batch_size, self.options.seed, self.recipe, backbone.timesteps
+        wanted = data.wanted_trajectories(
+            self.pairs.pairs,
+            range(first, run.steps),
+            run.batch_size,
+            self.options.seed,
+            self.recipe,
+            backbone.timesteps,
         )
 
         def predict(x: torch.Tensor, labels: torch.Tensor, conditioning: Any) -> torch.Tensor:
@@ -374,7 +381,11 @@ class Trainer:
                 return backbone.predict(self.reference, x, labels, conditioning).float()
 
         # Trajectories belong to the model at the start; a reference that has moved since must not make any.
-        if self.recipe.reference.kind != "frozen" and first > 0 and trajectories.missing(run.store, where, wanted).height:
+        if (
+            self.recipe.reference.kind != "frozen"
+            and first > 0
+            and trajectories.missing(run.store, where, wanted).height
+        ):
             raise StoreError(f"{where}: trajectories of the run's start are gone; remove {run.folder} to train anew")
         trajectories.ensure(
             run.store,
@@ -430,9 +441,7 @@ class Trainer:
             is_last = micro == self.accumulation - 1
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 pairs = self.forward(batch)
-                added = {
-                    k: self.accelerator.reduce(v, "sum") for k, v in self.bound.sums(pairs, self.state).items()
-                }
+                added = {k: self.accelerator.reduce(v, "sum") for k, v in self.bound.sums(pairs, self.state).items()}
                 statistics = {**self.state, **added}
                 values = self.bound.loss(pairs, statistics)
                 self.accelerator.backward(values.mean() / self.accumulation)
@@ -458,9 +467,7 @@ class Trainer:
             self._log_pairs(step, table)
         return row
 
-    def _observed(
-        self, values: torch.Tensor, pairs: PairBatch, statistics: Any, batch: data.Batch
-    ) -> torch.Tensor:
+    def _observed(self, values: torch.Tensor, pairs: PairBatch, statistics: Any, batch: data.Batch) -> torch.Tensor:
         """Return what is told of a micro-batch's pairs, [len(_OBSERVED), B]; NaN where the objective has no such thing."""
         nothing = torch.full_like(values, float("nan"))
         told = {"loss": values.detach().float(), "timestep": batch.timesteps.float()}
@@ -522,7 +529,9 @@ class Trainer:
         if not bool(torch.isfinite(values).all()):
             self._refuse(step, "the loss is not a number", values)
         if (mean := float(values.mean())) > self.options.loss_limit:
-            self._refuse(step, f"the loss is {mean:.4g}, above training.loss_limit = {self.options.loss_limit:g}", values)
+            self._refuse(
+                step, f"the loss is {mean:.4g}, above training.loss_limit = {self.options.loss_limit:g}", values
+            )
 
     def _refuse(self, step: int, what: str, values: torch.Tensor) -> None:
         """Stop; all processes see the same numbers and so all of them stop."""
@@ -530,7 +539,9 @@ class Trainer:
         worst = torch.nan_to_num(values, nan=float("inf")).argsort(descending=True)[:NAMED_PAIRS].tolist()
         ids = self.pairs.pairs["pair_id"]
         named = ", ".join(f"{ids[rows[i][0]]} (loss {values[i]:.4g})" for i in worst)
-        saved = "no checkpoint" if not self.checkpoint.path.exists() else f"the last checkpoint is {self.checkpoint.path}"
+        saved = (
+            "no checkpoint" if not self.checkpoint.path.exists() else f"the last checkpoint is {self.checkpoint.path}"
+        )
         raise TrainingStopped(
             f"{self.recipe.name}, step {step + 1}: {what}; largest losses: {named}. Lower the learning rate or beta, or look "
             f"at these pairs (`python -m pipelines sql`); {saved}"

@@ -310,41 +310,18 @@ def _shape(run: Run, micro: int) -> Shape:
 
 
 def _wanted_trajectories(run: Run, pairs: pl.DataFrame, steps: range, schedule_length: int) -> pl.DataFrame | None:
-    """Return image_id, prompt_id, is_flipped, level of what `PairData.wanted_trajectories` asks for; None: nothing cached."""
-    rule = run.recipe.noising
-    if not isinstance(rule, Inversion) or not rule.is_cached or pairs.is_empty() or not len(steps):
+    """Return what the steps read of `trajectories`; None: nothing cached."""
+    if run.trajectories is None or pairs.is_empty() or not len(steps):
         return None
-    seed = run.config.training.seed
-    rows = dict.fromkeys(r for s in steps for r in data.batch_rows(s, run.batch_size, len(pairs), seed))
-    part = pairs[[row for row, _ in rows]]
-    drawn = data.draws(seed, part["pair_id"].to_list(), [epoch for _, epoch in rows], run.recipe, schedule_length)
-    levels = data.levels_of(rule, drawn.timesteps, schedule_length)
-    told = pl.DataFrame(
-        {
-            "prompt_id": part["prompt_id"],
-            "is_dropped": drawn.is_dropped,
-            "is_flipped": drawn.is_flipped,
-            "level": levels,
-        },
-        schema_overrides={"level": pl.Int32},
-    ).with_columns(pl.when("is_dropped").then(pl.lit(EMPTY_PROMPT)).otherwise("prompt_id").alias("prompt_id"))
-    sides = [told.with_columns(part[side].alias("image_id")) for side in ("winner_id", "loser_id")]
-    return pl.concat(sides).select("image_id", "prompt_id", "is_flipped", "level").unique(maintain_order=True)
-
-
-def _trajectories_where(run: Run) -> str:
-    """Return the path below which the run's trajectories lie: those of the model that it starts from."""
-    assert isinstance(run.recipe.noising, Inversion)
-    marks = "" if run.start is None else f"-from-{run.start.metrics.manifest.fingerprint[:8]}"
-    return f"{run.backbone.partition()}{marks}/{run.recipe.noising.mode}-{run.recipe.noising.steps}"
+    return data.wanted_trajectories(pairs, steps, run.batch_size, run.config.training.seed, run.recipe, schedule_length)
 
 
 def _missing_trajectories(run: Run, wanted: pl.DataFrame | None) -> pl.DataFrame:
-    if wanted is None:
+    if wanted is None or run.trajectories is None:
         return schemas.TRAJECTORIES.empty().select("image_id", "prompt_id", "is_flipped", "level")
     # Without the model that the recipe starts from there can be none of it.
     is_started = not run.recipe.start or run.start is not None
-    return trajectories.missing(run.store, _trajectories_where(run), wanted) if is_started else wanted
+    return trajectories.missing(run.store, run.trajectories, wanted) if is_started else wanted
 
 
 def _caches(
@@ -365,9 +342,9 @@ def _caches(
     embedded = _there(run.store, schemas.PROMPT_EMBEDDINGS, below, prompts)
     numbers = shape.tokens * shape.width + (shape.pooled_width or 0)
     yield cache(schemas.PROMPT_EMBEDDINGS, below, prompts, embedded, _HALF * numbers)
-    if wanted is not None:
+    if wanted is not None and run.trajectories is not None:
         row = trajectories.size_bytes(1, shape.latent)
-        yield cache(schemas.TRAJECTORIES, _trajectories_where(run), wanted, len(wanted) - len(missing), row)
+        yield cache(schemas.TRAJECTORIES, run.trajectories.rstrip("/"), wanted, len(wanted) - len(missing), row)
 
 
 def _there(store: Store, table: schemas.Table, where: str, wanted: pl.DataFrame) -> int:

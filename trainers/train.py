@@ -44,7 +44,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m trainers.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "what", nargs="?", default="train", choices=("all", "recipes", "cache", "plan", "trajectories", "train", "evaluate")
+        "what",
+        nargs="?",
+        default="train",
+        choices=("all", "recipes", "cache", "plan", "trajectories", "train", "evaluate"),
     )
     parser.add_argument("--config", help="TOML file; default: $POLYPHONY_CONFIG, else the small world")
     parser.add_argument("--recipe", help="one recipe; default: all of training.recipes")

@@ -124,18 +124,12 @@ class Validation:
         self._prompts = _prompts(store, self._options.prompts)
         self._scorer: Any = None
         self._chosen = next(
-            (
-                s
-                for s in config.scorers
-                if s.kind != "imported" and self._options.scorer in ("", s.name)
-            ),
+            (s for s in config.scorers if s.kind != "imported" and self._options.scorer in ("", s.name)),
             None,
         )
         if self._options.scorer and self._chosen is None:
             names = [s.name for s in config.scorers if s.kind != "imported"]
-            raise ConfigError(
-                f"training.validation.scorer: expected one of {names}, found {self._options.scorer!r}"
-            )
+            raise ConfigError(f"training.validation.scorer: expected one of {names}, found {self._options.scorer!r}")
         self.start: torch.Tensor | None = None
 
     def _errors(self, unet: Callable[..., Any], autocast: Autocast) -> torch.Tensor:

@@ -10,11 +10,11 @@ from trainers import backbones, costs, recipes
 from trainers.backbones.adapters import cast_frozen, trained_parameters
 from trainers.backbones.random_pipelines import TINY_RESOLUTION, make_pipeline
 from trainers.ema_annotators import EmaAnnotators
-from trainers.recipes import AdaptiveDPO, FullWeights, LoRA, Optimiser, ReferencePolicy
+from trainers.recipes import AdaptiveDPO, FullWeights, LoRA, Optimiser, ReferencePolicy, tiny
 from trainers.references import Reference
 
 CPU = torch.device("cpu")
-FULL, ADAPTERS = recipes.diffusion_dpo(), replace(recipes.diffusion_dpo(), weights=LoRA(rank=4, alpha=4))
+FULL, ADAPTERS = tiny.diffusion_dpo(), replace(tiny.diffusion_dpo(), weights=LoRA(rank=4, alpha=4))
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +103,9 @@ def test_models_take_what_the_real_ones_take(config, backbone, shape, weights, r
 
 
 def test_objectives_without_a_reference_hold_none(config, shape):
-    assert memory(config, recipes.sft(), shape).reference == 0
+    assert memory(config, tiny.sft(), shape).reference == 0
     # But trajectories are inverted under one.
-    inverted = replace(recipes.sft(), noising=recipes.Inversion())
+    inverted = replace(tiny.sft(), noising=recipes.Inversion())
     assert memory(config, inverted, shape).reference > 0
 
 
@@ -192,7 +192,7 @@ def test_operations_of_a_pair_are_those_of_its_forwards_and_its_backward(config,
     def of(rule, **options):
         return costs.operations(config, rule, shape, **options)
 
-    fine_tuned, compared, judged = (of(r) for r in (recipes.sft(), FULL, replace(FULL, objective=AdaptiveDPO())))
+    fine_tuned, compared, judged = (of(r) for r in (tiny.sft(), FULL, replace(FULL, objective=AdaptiveDPO())))
     # Both pictures through the reference, and through two averages more.
     assert compared.pair - fine_tuned.pair == 2 * compared.forward
     assert judged.pair - compared.pair == 2 * 2 * compared.forward

@@ -155,7 +155,7 @@ def test_mirroring_needs_mirrored_latents(opened):
 def test_trajectories_start_from_the_posteriors_means_and_are_all_wanted_beforehand(opened):
     rule = dataclasses.replace(recipe("smpo"), objective=SmPO(), prompt_dropout=0.5)
     source = opened(rule)
-    wanted = source.wanted_trajectories(range(3), 16, 0, rule, 1000)
+    wanted = data.wanted_trajectories(source.pairs, range(3), 16, 0, rule, 1000)
     assert wanted.is_duplicated().sum() == 0
     rows = [r for s in range(3) for r in batch_rows(s, 16, len(source), 0)]
     ids = [source.pairs["pair_id"][r] for r, _ in rows]

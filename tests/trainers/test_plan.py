@@ -8,8 +8,9 @@ import pytest
 
 from pipelines import schemas
 from pipelines.config import ConfigError
+from pipelines.curation import HumanPolicy
 from pipelines.tables import Store
-from trainers import data, loop, recipes
+from trainers import data, loop
 from trainers.checkpoints import CheckpointFileError
 from trainers.plan import Plan, describe, plan
 from trainers.recipes import recipe
@@ -242,7 +243,7 @@ class NobodyAsked:
     def apply(self, preferences):
         nobody = pl.lit("nobody is asked")
         return (
-            recipes.HumanPolicy()
+            HumanPolicy()
             .apply(preferences)
             .with_columns(target_label_0=pl.lit(None, pl.Float64), excluded_because=nobody)
         )

@@ -19,10 +19,11 @@ def test_every_recipe_is_found_under_its_own_name():
         assert recipe(name).name == name
 
 
-def test_every_function_of_the_module_that_makes_a_recipe_is_listed():
+def test_every_function_that_makes_a_recipe_is_listed():
     found = {
         name
-        for name, f in inspect.getmembers(recipes, inspect.isfunction)
+        for module in (recipes.tiny, recipes.papers)
+        for name, f in inspect.getmembers(module, inspect.isfunction)
         if not name.startswith("_")
         and inspect.signature(f).return_annotation == "Recipe"
         and not inspect.signature(f).parameters
@@ -107,7 +108,7 @@ def test_a_moving_reference_moves_during_the_run_and_is_one_that_the_objective_c
 
 
 def test_every_objective_has_a_recipe_at_the_tiny_scale():
-    kinds = {o for o in recipes.Objective.__subclasses__() if o.__module__ == recipes.__name__}
+    kinds = {o for o in recipes.Objective.__subclasses__() if o.__module__ == recipes.parts.__name__}
     assert {type(r.objective) for r in EVERY if r.family == "tiny"} == kinds
 
 

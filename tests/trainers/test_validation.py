@@ -28,7 +28,9 @@ def test_accuracy_and_loss_by_label_source_are_the_ones_worked_out_by_hand():
 
 
 def test_a_source_that_decides_no_pair_is_left_out():
-    pairs = pl.DataFrame({"consensus": [None, 0.0], "is_minority": [False, False]}, schema_overrides={"consensus": float})
+    pairs = pl.DataFrame(
+        {"consensus": [None, 0.0], "is_minority": [False, False]}, schema_overrides={"consensus": float}
+    )
     assert by_labels(torch.ones(2, 1), pairs, 1.0).keys() == {"implicit_accuracy_human", "loss_human"}
 
 

@@ -24,7 +24,11 @@ def unet():
 
 def inputs():
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([3, 700]), torch.randn(2, 5, 8, generator=generator)
+    return (
+        torch.randn(2, 4, 8, 8, generator=generator),
+        torch.tensor([3, 700]),
+        torch.randn(2, 5, 8, generator=generator),
+    )
 
 
 def output(model):
