@@ -72,9 +72,12 @@ bench: setup  ## benchmarks: each prints what it measured, on which machine, aga
 	$(OFFLINE) $(BIN)/python -m benchmarks.catalogue
 	$(OFFLINE) $(BIN)/python -m benchmarks.labels
 	$(OFFLINE) $(BIN)/python -m benchmarks.labels --pairs 1000000
+	$(OFFLINE) $(BIN)/python -m benchmarks.labels_groups
+	$(OFFLINE) $(BIN)/python -m benchmarks.training
 
-bench-gpu: setup  ## scoring speed in bf16 and the share of the card's matrix rate
+bench-gpu: setup  ## scoring and training speed in bf16 and the share of the card's matrix rate
 	$(OFFLINE) $(BIN)/python -m benchmarks.scoring gpu
+	$(OFFLINE) $(BIN)/python -m benchmarks.training_gpu
 
 world-models: setup  ## train the small world's tiny models again (about half an hour on two cores)
 	$(OFFLINE) $(BIN)/python -m trainers.world_models

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from trainers.backbones.adapters import adapters_off, cast_frozen, trained_parameters
+from trainers.backbones.adapters import adapter_layers, adapters_off, cast_frozen, trained_parameters
 from trainers.backbones.speed import Parts, compile_parts
 from trainers.recipes import ReferencePolicy
 
@@ -44,10 +44,10 @@ class Shadow:
             return self._module(*arguments, **options)
         return torch.func.functional_call(self._policy, self.tensors, arguments, options)
 
-    def compile(self, parts: Parts) -> None:
+    def compile(self, parts: Parts, backend: str = "inductor") -> None:
         """Compile parts of a second model; where adapters are put into the policy it is the policy's own that count."""
         if self._module is not None:
-            compile_parts(self._module, parts)
+            compile_parts(self._module, parts, backend)
 
     @torch.no_grad()
     def follow(self, model: torch.nn.Module, decay: float = 0.0) -> None:
@@ -85,6 +85,7 @@ class Reference:
         self.rule, self._policy = rule, policy
         has_adapters = len(trained_parameters(policy)) < sum(1 for _ in policy.parameters())
         self._shadow: Shadow | None = None
+        self._layers = adapter_layers(policy)
         if rule.kind != "frozen" or not has_adapters:
             # An average moves by less than half precision can hold.
             self._shadow = Shadow(policy, None if rule.kind == "ema" else dtype)
@@ -93,13 +94,13 @@ class Reference:
         """Return what the UNet returns, with the reference's weights."""
         if self._shadow is not None:
             return self._shadow(*arguments, **options)
-        with adapters_off(self._policy):
+        with adapters_off(self._layers):
             return self._policy(*arguments, **options)
 
-    def compile(self, parts: Parts) -> None:
+    def compile(self, parts: Parts, backend: str = "inductor") -> None:
         """Compile parts of the model, where it is one of its own."""
         if self._shadow is not None:
-            self._shadow.compile(parts)
+            self._shadow.compile(parts, backend)
 
     def after_step(self, steps_done: int, policy: torch.nn.Module) -> bool:
         """Follow the rule after an optimiser step; return whether the reference changed."""

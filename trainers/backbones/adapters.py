@@ -6,7 +6,7 @@ Belongs here: a UNet's weights, whatever the backbone. Does not belong here: whe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -48,7 +48,7 @@ def make_trainable(unet: UNet2DConditionModel, weights: FullWeights | LoRA, seed
 
 def has_adapters(unet: nn.Module) -> bool:
     """Return whether the UNet carries adapters."""
-    return any(isinstance(m, BaseTunerLayer) for m in unet.modules())
+    return bool(adapter_layers(unet))
 
 
 def trained_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
@@ -56,10 +56,20 @@ def trained_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in unet.named_parameters() if p.requires_grad}
 
 
+def adapter_layers(unet: nn.Module) -> list[BaseTunerLayer]:
+    """Return the layers of the UNet that carry adapters."""
+    return [m for m in unet.modules() if isinstance(m, BaseTunerLayer)]
+
+
 @contextlib.contextmanager
-def adapters_off(unet: nn.Module) -> Iterator[None]:
-    """Within it the UNet predicts exactly what it does without its adapters; one that has none is left alone."""
-    layers = [m for m in unet.modules() if isinstance(m, BaseTunerLayer) and not m.disable_adapters]
+def adapters_off(unet: nn.Module | Sequence[BaseTunerLayer]) -> Iterator[None]:
+    """Within it the UNet predicts exactly what it does without its adapters; one that has none is left alone.
+
+    Args:
+        unet: the UNet, or its `adapter_layers`: to look for them takes as long as some forwards.
+    """
+    found = adapter_layers(unet) if isinstance(unet, nn.Module) else unet
+    layers = [m for m in found if not m.disable_adapters]
     # peft stops and starts gradients with the adapters; which of them were trained is not for it to say.
     parameters = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
     for layer in layers:

@@ -62,11 +62,14 @@ def arrange(unet: nn.Module, parts: Parts) -> nn.Module:
     return unet.to(memory_format=torch.channels_last) if parts == "blocks" else unet  # type: ignore[call-overload]
 
 
-def compile_parts(unet: nn.Module, parts: Parts) -> None:
+def compile_parts(unet: nn.Module, parts: Parts, backend: str = "inductor") -> None:
     """Compile parts of a UNet, each by itself: blocks of one size share their code, so that it takes a minute, not ten.
 
     A compiled model rounds elsewhere than a plain one, and with gradient elsewhere than without: policy and reference, equal
     at the start, then differ by rounding (z by a few tenths at beta 5000 in bf16), without bias to either side.
+
+    Args:
+        backend: torch's name of what makes code; "eager" makes none and shows that it could.
     """
     modules = [m for m in unet.modules() if isinstance(m, _COMPILED[parts])]
     if modules:
@@ -74,4 +77,4 @@ def compile_parts(unet: nn.Module, parts: Parts) -> None:
         torch._dynamo.config.accumulated_recompile_limit = GRAPHS
     for module in modules:
         # Every size of block gets its own code: with sizes left open it is slower.
-        module.compile(dynamic=False)
+        module.compile(dynamic=False, backend=backend)

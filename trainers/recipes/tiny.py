@@ -74,14 +74,14 @@ def adaptive_dpo_corrected() -> Recipe:
 
 
 def smpo() -> Recipe:
-    """SmPO-Diffusion (arXiv 2506.02698) on consistent trajectories under the reference, at the tiny scale."""
+    """SmPO-Diffusion (arXiv 2506.02698) on consistent trajectories under the reference, at the tiny scale; 5 levels."""
     return replace(
         diffusion_dpo(),
         name="smpo",
         summary="smoothed labels, inverted latents (Lu et al. 2025)",
         policy=SmoothedPolicy(),
         objective=SmPO(),
-        noising=Inversion(),
+        noising=Inversion(steps=5),
     )
 
 
