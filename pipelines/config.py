@@ -201,7 +201,7 @@ class TrainingConfig(_Model):
     """Numbers a person varies without making another recipe."""
 
     recipes: tuple[str, ...] = pydantic.Field(
-        ("diffusion_dpo", "adaptive_dpo", "smpo", "balanced_dpo"), description="recipes of trainers/recipes.py"
+        ("diffusion_dpo", "adaptive_dpo", "smpo", "balanced_dpo"), description="recipes of trainers/recipes"
     )
     backbone: str = pydantic.Field("", description="backbone that is trained; empty: the first")
     device: str = pydantic.Field("auto", description="auto, cpu, cuda, cuda:1, ...")

@@ -23,7 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines.config import BackboneConfig
 from trainers import backbones
-from trainers.backbones.adapters import cast_frozen, trained_parameters
+from trainers.backbones import speed
+from trainers.backbones.adapters import trained_parameters
 from trainers.backbones.conditioning import Conditioning
 from trainers.data import Batch
 from trainers.ema_annotators import EmaAnnotators
@@ -137,8 +138,7 @@ class _Models:
 
     def __init__(self, policy: Any, recipe: Recipe, precision: str) -> None:
         dtype = _DTYPES.get(precision)
-        if dtype is not None and isinstance(recipe.weights, LoRA):
-            cast_frozen(policy, dtype)
+        speed.prepare(policy, dtype, "none")
         self.policy, self.recipe, self.bound = policy, recipe, Bound(recipe.objective)
         rule = recipe.noising
         has_reference = self.bound.needs("reference") or (isinstance(rule, Inversion) and rule.under == "reference")

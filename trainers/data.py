@@ -6,6 +6,7 @@ here: losses, models.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -208,7 +209,7 @@ class Batch:
 
 
 class PairData:
-    """The pairs of one run with their cached latents and embeddings, read from memory-mapped files."""
+    """The pairs of one run with their cached latents and embeddings, read from flat files."""
 
     def __init__(
         self,
@@ -229,23 +230,9 @@ class PairData:
             raise StoreError("no pairs to train on: the policy excluded all of them; see preferences.excluded_because")
         self.pairs, self.noising = pairs, noising
         self._store, self._scratch, self._backbone = store, scratch, backbone
-        name = backbone.config.name
         self._latents = TensorFile(store, schemas.LATENTS, backbone.partition(), scratch)
         self._prompts = TensorFile(store, schemas.PROMPT_EMBEDDINGS, backbone.partition(), scratch)
-        needed = pl.concat([pairs["winner_id"], pairs["loser_id"]]).unique().to_list()
-        sides = (False, True) if with_flips else (False,)
-        for is_flipped in sides:
-            if missing := self._latents.missing([(i, is_flipped) for i in needed]):
-                mirrored = "mirrored " if is_flipped else ""
-                raise StoreError(
-                    f"latents of backbone {name} lack {len(missing)} {mirrored}images, first {needed[0]}; run "
-                    "`python -m trainers.train cache`, or materialize latents"
-                )
-        if missing := self._prompts.missing([*pairs["prompt_id"].unique().to_list(), EMPTY_PROMPT]):
-            raise StoreError(
-                f"prompt_embeddings of backbone {name} lack {len(missing)} prompts, first {missing[0]}; run "
-                "`python -m trainers.train cache`, or materialize prompt_embeddings"
-            )
+        self._require(pairs, with_flips)
         self._schedule_length = backbone.model.timesteps
         self._scale = backbone.model.latent_scale
         self.latent_shape: tuple[int, ...] = backbone.model.latent_shape
@@ -253,6 +240,34 @@ class PairData:
         self._hidden_shape = (embedding["tokens"], embedding["width"])
         self._pooled_shape = None if embedding["pooled_width"] is None else (embedding["pooled_width"],)
         self._trajectories: TensorFile | None = None
+
+    def _require(self, pairs: pl.DataFrame, with_flips: bool) -> None:
+        name = self._backbone.config.name
+        needed = pl.concat([pairs["winner_id"], pairs["loser_id"]]).unique().to_list()
+        sides = (False, True) if with_flips else (False,)
+        for is_flipped in sides:
+            if missing := self._latents.missing([(i, is_flipped) for i in needed]):
+                mirrored = "mirrored " if is_flipped else ""
+                raise StoreError(
+                    f"latents of backbone {name} lack {len(missing)} {mirrored}images, first {missing[0]}; run "
+                    "`python -m trainers.train cache --recipe NAME`, or materialize latents with the recipe configured"
+                )
+        if missing := self._prompts.missing([*pairs["prompt_id"].unique().to_list(), EMPTY_PROMPT]):
+            raise StoreError(
+                f"prompt_embeddings of backbone {name} lack {len(missing)} prompts, first {missing[0]}; run "
+                "`python -m trainers.train cache`, or materialize prompt_embeddings"
+            )
+
+    def other(self, pairs: pl.DataFrame) -> PairData:
+        """Return other pairs by the same open caches, with forward noising.
+
+        Raises:
+            StoreError: see __init__.
+        """
+        self._require(pairs, with_flips=False)
+        found = copy.copy(self)
+        found.pairs, found.noising, found._trajectories = pairs, FORWARD, None
+        return found
 
     def __len__(self) -> int:
         return len(self.pairs)

@@ -133,8 +133,9 @@ def held_out(
         source = data.PairData(store, pairs, backbone, Path(config.home) / "scratch")
         policy, base = loaded.load_unet(model_folder), loaded.unet
         margins: list[np.ndarray] = []
-        for start in range(0, len(pairs), validation.BATCH):
-            rows = list(range(start, min(start + validation.BATCH, len(pairs))))
+        batch = validation.pairs_at_once(loaded)
+        for start in range(0, len(pairs), batch):
+            rows = list(range(start, min(start + batch, len(pairs))))
             ids = pairs["pair_id"][rows].to_list()
             drawn = []
             for draw in range(HELD_OUT_DRAWS):

@@ -9,6 +9,7 @@ Belongs here: runs, steps, metrics. Does not belong here: losses, data selection
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import json
 import math
 import os
@@ -24,9 +25,8 @@ from typing import Any
 
 import polars as pl
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs
-from peft.helpers import disable_input_dtype_casting
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from pipelines import schemas
 from pipelines.config import Config, ConfigError
@@ -34,7 +34,7 @@ from pipelines.identity import fingerprint
 from pipelines.tables import Built, Store, StoreError
 from trainers import data, trajectories
 from trainers.backbones import exports, speed
-from trainers.backbones.adapters import cast_frozen, trained_parameters
+from trainers.backbones.adapters import trained_parameters
 from trainers.caches import Backbone
 from trainers.checkpoints import CheckpointFile
 from trainers.ema_annotators import EmaAnnotators
@@ -42,7 +42,7 @@ from trainers.forward import PairForward
 from trainers.losses import PairBatch
 from trainers.objectives import Bound
 from trainers.precision import DTYPES, resolve_precision
-from trainers.recipes import Inversion, LoRA, Recipe
+from trainers.recipes import Forward, Inversion, Recipe
 from trainers.recorder import Recorder, Report
 from trainers.references import Reference
 from trainers.schedules import learning_rate, optimizer
@@ -52,6 +52,8 @@ CODE_VERSION = "2"
 Progress = Callable[[str], None]
 NAMED_PAIRS = 5
 """Pairs that an error names."""
+SKIPPED_STEPS = 20
+"""Steps in a row that float16 may leave out; its scale has fallen a millionfold by then."""
 
 
 class NotTrained(StoreError):
@@ -70,6 +72,19 @@ class Trained:
     model: Path
 
 
+def require_family(recipe: Recipe, config: Config) -> None:
+    """Check that a recipe is meant for the configured backbone.
+
+    Raises:
+        ConfigError: it is meant for another family.
+    """
+    if recipe.family != config.backbone.family:
+        raise ConfigError(
+            f"recipe {recipe.name!r} is for backbones of family {recipe.family!r}; training.backbone "
+            f"{config.backbone.name!r} is {config.backbone.family!r}: choose another recipe or backbone"
+        )
+
+
 class Run:
     """One recipe on one store: its identity, folder and files."""
 
@@ -86,32 +101,32 @@ class Run:
             ConfigError: the recipe is meant for another family of backbones.
         """
         self.store, self.config, self.recipe, self.backbone, self.start = store, config, recipe, backbone, start
-        if recipe.family != backbone.config.family:
-            raise ConfigError(
-                f"recipe {recipe.name!r} is for backbones of family {recipe.family!r}; training.backbone "
-                f"{backbone.config.name!r} is {backbone.config.family!r}: choose another recipe or backbone"
-            )
+        require_family(recipe, config)
         training = config.training
         self.steps = training.steps or recipe.steps
         self.batch_size = training.batch_size or recipe.batch_size
         self.precision = resolve_precision(training.precision, backbone.device)
         self.inputs = [
-            store.require("preferences"),
-            *([store.require("pair_groups")] if "group" in recipe.objective.needs else []),
+            store.require_current("preferences"),
+            *([store.require_current("pair_groups")] if "group" in recipe.objective.needs else []),
             store.require("prompt_embeddings", backbone.partition("all")),
             *store.manifests("latents", backbone.partition()),
         ]
-        # What a batch statistic is taken over changes the result by more than rounding.
-        over = training.micro_batch if Bound(recipe.objective).has_sums else None
+        # What a statistic is taken over changes the result by more than rounding.
+        self.world = int(os.environ.get("WORLD_SIZE", training.processes))
+        micro, _ = micro_batches(self.batch_size, self.world, training.micro_batch)
+        over = self.world * micro if recipe.objective.mixes_pairs else None
         self.mark = fingerprint(
             code_version=CODE_VERSION,
-            recipe=recipe.numbers(),
+            recipe={k: v for k, v in recipe.numbers().items() if k != "summary"},
+            compile=training.compile,
+            trajectories=None if isinstance(recipe.noising, Forward) else trajectories.VERSIONS,
             steps=self.steps,
             batch_size=self.batch_size,
             precision=self.precision,
             statistics_over=over,
             seed=training.seed,
-            export=training.export if training.export == "last" else training.validation.model_dump(),
+            export=training.export if training.export == "last" else self._choosing(),
             backbone=backbone.digest,
             start=None if start is None else start.metrics.manifest.fingerprint,
             inputs={m.table + "/" + m.partition: m.content for m in self.inputs},
@@ -122,19 +137,27 @@ class Run:
         self.best_folder = self.folder / "best"
         self.scratch = Path(config.home) / "scratch"
 
+    def _choosing(self) -> dict[str, Any]:
+        """Return what decides which validation is the best."""
+        validation, evaluation = self.config.training.validation, self.config.evaluation
+        drawing = evaluation.model_dump(include={"steps", "guidance"}) if "score" in validation.best_by else {}
+        return {**validation.model_dump(), **drawing}
+
     @property
     def trajectories(self) -> str | None:
-        """Return where in the table `trajectories` the run's lie: below backbone, start, mode and steps; None: nowhere."""
+        """Return where in the table `trajectories` the run's lie: by backbone, start, mode, steps and precision."""
         rule = self.recipe.noising
         if not isinstance(rule, Inversion) or not rule.is_cached:
             return None
         start = "" if self.start is None else f"-from-{self.start.metrics.manifest.fingerprint[:8]}"
-        return f"{self.backbone.partition()}{start}/{rule.mode}-{rule.steps}/"
+        return f"{self.backbone.partition()}{start}/{rule.mode}-{rule.steps}-{self.precision}/"
 
     def finished(self) -> Trained | None:
         """Return the run if its metrics are committed and its model lies there."""
         manifest = self.store.manifest("training_metrics", self.recipe.name)
         if manifest is None or manifest.fingerprint != self.mark or exports.kind(self.model_folder) is None:
+            return None
+        if self.config.training.log_pairs and not manifest.extra["has_pairs"]:
             return None
         return Trained(Built(manifest, True), self.model_folder)
 
@@ -168,12 +191,21 @@ class Trainer:
     def __init__(self, run: Run, progress: Progress = print, report: Report = lambda row: None) -> None:
         """Load models and caches, and the checkpoint if there is one."""
         self.run, self.recipe, self.options = run, run.recipe, run.config.training
-        self.started, self._closing = time.monotonic(), contextlib.ExitStack()
+        if self.recipe.start and run.start is None:
+            raise NotTrained(f"recipe {self.recipe.name!r} starts from {self.recipe.start!r}; train that one first")
+        if self.options.export == "best" and not self.options.validation.every:
+            raise ConfigError("training.export = 'best' needs validations; set training.validation.every above 0")
+        self.started, self._closing, self._skipped = time.monotonic(), contextlib.ExitStack(), 0
         device = torch.device(run.backbone.device)
         self.accelerator = Accelerator(
             cpu=device.type == "cpu",
             mixed_precision="no" if run.precision == "fp32" else run.precision,
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                # The first process may copy caches or export for longer than a default would wait; one that fails is
+                # noticed by torchrun, which ends the others.
+                InitProcessGroupKwargs(timeout=dt.timedelta(days=1)),
+            ],
         )
         self.is_main = self.accelerator.is_main_process
         self.say: Progress = progress if self.is_main else lambda message: None
@@ -181,6 +213,8 @@ class Trainer:
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.micro, self.accumulation = micro_batches(run.batch_size, self.world, self.options.micro_batch)
         self.backbone = run.backbone.model
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         run.folder.mkdir(parents=True, exist_ok=True)
         with self._main_first():
             self.pairs = data.PairData(
@@ -197,18 +231,15 @@ class Trainer:
 
     # --- models ----------------------------------------------------------------------------------------------------
 
+    def _start_policy(self) -> Any:
+        """Return the policy as it is before the first step."""
+        start = None if self.run.start is None else self.run.start.model
+        policy = self.backbone.trainable(self.recipe.weights, start, self.options.seed)
+        return speed.prepare(policy, DTYPES.get(self.run.precision), self.options.compile)
+
     def _make_models(self) -> None:
         run, recipe = self.run, self.recipe
-        start = None if run.start is None else run.start.model
-        policy = self.backbone.trainable(recipe.weights, start, self.options.seed)
-        dtype = DTYPES.get(run.precision)
-        speed.arrange(policy, self.options.compile)
-        if dtype is not None:
-            speed.halve_norms(policy)
-            if isinstance(recipe.weights, LoRA):
-                cast_frozen(policy, dtype)
-                # Autocast rounds the adapters' input itself; peft would write it out in float32 first.
-                self._closing.enter_context(disable_input_dtype_casting(policy))
+        policy, dtype = self._start_policy(), DTYPES.get(run.precision)
         if self.options.activation_checkpointing:
             policy.enable_gradient_checkpointing()
         self.bound = Bound(recipe.objective)
@@ -228,7 +259,7 @@ class Trainer:
                 self.accelerator,
                 getattr(recipe.objective, "beta", 1.0),
                 self.say,
-                run.scratch,
+                self.pairs,
             )
             if self.options.validation.every
             else None
@@ -281,7 +312,8 @@ class Trainer:
                 "metrics": self.metrics,
                 "validations": self.validations,
                 "best": self.best,
-                "validation_start": None if self.validation is None else self.validation.start,
+                "has_pairs": self.options.log_pairs,
+                "validation_start": None if self.validation is None else self.validation.start_state(),
             }
         )
 
@@ -293,9 +325,13 @@ class Trainer:
         state = self.checkpoint.load()
         if state is None:
             return
-        trained = trained_parameters(self.policy)
+        if self.options.log_pairs and not state["has_pairs"]:
+            raise StoreError(
+                f"{self.checkpoint.path}: the first {len(state['metrics'])} steps were trained without training.log_pairs, "
+                "so their pairs are not recorded; remove the file to train from the start, or turn the option off"
+            )
         with torch.no_grad():
-            for name, parameter in trained.items():
+            for name, parameter in trained_parameters(self.policy).items():
                 parameter.copy_(state["policy"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.reference is not None:
@@ -306,7 +342,7 @@ class Trainer:
         self._scaler, self.best = state["scaler"], state["best"]
         self.metrics, self.validations = state["metrics"], state["validations"]
         if self.validation is not None:
-            self.validation.start = state["validation_start"]
+            self.validation.restore(state["validation_start"])
 
     # --- the run ---------------------------------------------------------------------------------------------------
 
@@ -315,7 +351,9 @@ class Trainer:
         with contextlib.closing(self):
             first = self.start()
             if self.validation is not None:
-                self.validation.prepare(self._whole_policy(), self.accelerator.autocast)
+                if self.validation.needs_start:
+                    model = self._whole_policy() if first == 0 else self._start_policy()
+                    self.validation.prepare(model, self.accelerator.autocast)
                 if first == 0:
                     self._validate(0)
             for step in range(first, self.run.steps):
@@ -452,8 +490,9 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), rule.max_gradient_norm)
         norm = float(norm)
         # Float16 overflows now and then: the scaler leaves the step out and lowers its scale.
-        if not math.isfinite(norm) and self.accelerator.scaler is None:
-            self._refuse(step, f"the gradient's norm is {norm}", table[0])
+        self._skipped = 0 if math.isfinite(norm) else self._skipped + 1
+        if self._skipped > (0 if self.accelerator.scaler is None else SKIPPED_STEPS):
+            self._refuse(step, f"the gradient's norm is {norm}, {self._skipped} steps in a row", table[0])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         policy = self._whole_policy()
@@ -563,6 +602,11 @@ class Trainer:
         told = ", ".join(f"{k} {v:.4f}" for k, (v, _) in values.items())
         self.say(f"{self.recipe.name}: validation after step {step}: {told}")
         metric = self.options.validation.best_by
+        if metric not in values and self.options.export == "best":
+            raise ConfigError(
+                f"training.export = 'best' by training.validation.best_by = {metric!r}, which this store does not give; "
+                f"found {sorted(values)}"
+            )
         best = None if self.best is None else float(self.best["value"])
         if metric in values and step and is_better(metric, values[metric][0], best):
             self.best = {"metric": metric, "value": values[metric][0], "step": step}
@@ -572,7 +616,7 @@ class Trainer:
     def _finish(self) -> Trained:
         run = self.run
         if self.is_main:
-            if self.options.export == "best" and self.best is not None:
+            if self.options.export == "best":
                 staged = run.model_folder.with_name("model.writing")
                 shutil.rmtree(staged, ignore_errors=True)
                 shutil.copytree(run.best_folder, staged)
@@ -597,6 +641,7 @@ class Trainer:
                     "processes": self.world,
                     "micro_batch": self.micro,
                     "best": self.best,
+                    "has_pairs": self.options.log_pairs,
                 },
                 started=self.started,
             )
@@ -614,14 +659,10 @@ class Trainer:
             partition=name,
             made_from=run.mark,
         )
-        if self.options.log_pairs:
-            self.recorder.save_pairs(run.steps)
-            run.store.write(
-                schemas.TRAINING_PAIRS,
-                (pl.read_parquet(f) for f in self.recorder.saved_pairs()),
-                partition=name,
-                made_from=run.mark,
-            )
+        # Empty where none were recorded: rows of another run must not stand beside this one's metrics.
+        self.recorder.save_pairs(run.steps)
+        files = self.recorder.saved_pairs() if self.options.log_pairs else []
+        run.store.write(schemas.TRAINING_PAIRS, (pl.read_parquet(f) for f in files), partition=name, made_from=run.mark)
 
 
 _OBSERVED = (
@@ -683,9 +724,3 @@ def _peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     # Linux counts kibibytes, macOS bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def wait_for_first() -> None:
-    """With several processes, wait until all of them are here (the first makes the caches that all read)."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        PartialState().wait_for_everyone()

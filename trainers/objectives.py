@@ -34,11 +34,6 @@ class Bound:
         known = inspect.signature(function).parameters
         return partial(function, **{k: v for k, v in self.objective.numbers().items() if k in known})
 
-    @property
-    def has_sums(self) -> bool:
-        """Return whether the loss of a pair depends on the other pairs of its micro-batch."""
-        return self._sums is not None
-
     def needs(self, what: str) -> bool:
         """Return whether the objective needs that part of a batch."""
         return what in self.objective.needs

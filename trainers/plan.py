@@ -23,7 +23,6 @@ from trainers.caches import EMPTY_PROMPT
 from trainers.checkpoints import CODE_VERSION, CheckpointFile
 from trainers.costs import Memory, Operations, Seconds, Shape
 from trainers.loop import Run, micro_batches
-from trainers.objectives import Bound
 from trainers.recipes import Inversion
 
 SPLITS = ("train", "validation", "test")
@@ -209,7 +208,7 @@ def plan(run: Run, *, measure: bool = True) -> Plan:
         processes=options.processes,
         accumulation=accumulation,
         micro_batch=micro,
-        statistics_over=options.processes * micro if Bound(recipe.objective).has_sums else None,
+        statistics_over=options.processes * micro if recipe.objective.mixes_pairs else None,
         epochs=run.steps * run.batch_size / len(pairs) if len(pairs) else None,
         memory=needs,
         available=available,

@@ -42,7 +42,8 @@ class Recorder:
 
     def _cut_back(self, file: Path, first: int) -> None:
         if file.exists():
-            kept = [line for line in file.read_text().splitlines() if _step_of(line) <= first]
+            # A run that begins anew measures its start again.
+            kept = [line for line in file.read_text().splitlines() if first and _step_of(line) <= first]
             staged = file.with_suffix(".writing")
             staged.write_text("".join(line + "\n" for line in kept))
             staged.replace(file)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from pipelines import catalogue
 from pipelines.config import Config, ConfigError
@@ -38,9 +38,9 @@ class Training:
         """Return the shards of the catalogue: training needs the tables alone, not the raw files."""
         return catalogue.shard_keys(self.store)
 
-    def latents(self, shard_key: str) -> Built:
-        """Cache one shard's latents, mirrored ones too if a configured recipe mirrors pairs."""
-        flips = any(r.flip for r in self.recipes())
+    def latents(self, shard_key: str, recipes: Iterable[str] = ()) -> Built:
+        """Cache one shard's latents, mirrored ones too if a configured recipe, or one of `recipes`, mirrors pairs."""
+        flips = any(r.flip for r in recipes_in_order([*self.config.training.recipes, *recipes]))
         return caches.cache_latents(self.store, shard_key, self.backbone, self.progress, flips=flips)
 
     def prompt_embeddings(self) -> Built:
@@ -55,13 +55,15 @@ class Training:
         """Return the run of a recipe on the store as it is.
 
         Args:
-            is_plan: the recipe that it starts from need not be trained; the run is then not one to train.
+            is_plan: the recipe that it starts from need not be trained; the run cannot be trained then.
 
         Raises:
             NotTrained: the recipe that it starts from is not trained.
         """
         rule = recipe_of(recipe)
-        start = self._trained(rule.start) if rule.start and not is_plan else None
+        start = None
+        if rule.start:
+            start = self.run(rule.start, is_plan=True).finished() if is_plan else self._trained(rule.start)
         return loop.Run(self.store, self.config, rule, self.backbone, start)
 
     def train(self, recipe: str, report: Report = lambda row: None) -> loop.Trained:

@@ -1,4 +1,4 @@
-"""Cached tensors of a table, memory-mapped: training reads random rows of them without holding them in memory.
+"""Cached tensors of a table, flat: training reads random rows of them without holding them in memory.
 
 The parquet tables stay the truth; what lies here is a copy in the layout that random access needs, made once per content of
 the table, shared by all runs of a home, and safe to delete.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 
 from pipelines import schemas
 from pipelines.identity import fingerprint
-from pipelines.tables import Store, StoreError
+from pipelines.tables import STAGED_SECONDS, Store, StoreError
 
 CODE_VERSION = "1"
 _KEYS = "keys.parquet"
@@ -48,7 +49,8 @@ class TensorFile:
         self.name = f"{table.name}/{below}"
         blobs = [c.name for c in table.columns if c.dtype == pl.Binary]
         keys: list[pl.DataFrame] = []
-        arrays: dict[str, list[np.ndarray]] = {b: [] for b in blobs}
+        files: dict[str, list[Path]] = {b: [] for b in blobs}
+        sizes: dict[str, set[int]] = {b: set() for b in blobs}
         for manifest in manifests:
             mark = fingerprint(code_version=CODE_VERSION, content=manifest.content, version=manifest.schema_version)
             folder = scratch / table.name / f"{manifest.partition}@{mark}"
@@ -59,18 +61,19 @@ class TensorFile:
                 continue
             keys.append(part)
             for b in blobs:
-                if (folder / b).stat().st_size:
-                    arrays[b].append(np.memmap(folder / b, np.float16, "r").reshape(len(part), -1))
+                if size := (folder / b).stat().st_size:
+                    files[b].append(folder / b)
+                    sizes[b].add(size // len(part))
         self.keys = pl.concat([table.empty().drop(blobs), *keys])
         columns = [self.keys[k].to_list() for k in table.key]
         rows: Sequence[Hashable] = columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
         self._row = {key: i for i, key in enumerate(rows)}
         self._starts = np.cumsum([0, *map(len, keys)])
-        self._arrays = {b: found for b, found in arrays.items() if found}
-        for b, found in self._arrays.items():
-            sizes = {a.shape[1] for a in found}
-            if len(sizes) > 1 or len(found) < len(keys):
-                raise StoreError(f"{self.name}, column {b}: {_SEVERAL}; found float16 values per row {sorted(sizes)}")
+        for b in blobs:
+            if len(sizes[b]) > 1 or 0 < len(files[b]) < len(keys):
+                raise StoreError(f"{self.name}, column {b}: {_SEVERAL}; found bytes per row {sorted(sizes[b])}")
+        self._files = {b: found for b, found in files.items() if found}
+        self._sizes = {b: sizes[b].pop() for b in self._files}
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -86,16 +89,20 @@ class TensorFile:
             KeyError: a key is not here.
             StoreError: the column is empty.
         """
-        if column not in self._arrays:
+        if column not in self._files:
             raise StoreError(f"{self.name}: column {column} is empty")
-        parts = self._arrays[column]
+        size = self._sizes[column]
         rows = np.fromiter((self._row[k] for k in keys), np.int64, len(keys))
         places = np.searchsorted(self._starts, rows, side="right") - 1
-        values = np.empty((len(keys), parts[0].shape[1]), np.float32)
+        values = np.empty((len(keys), size), np.uint8)
         for place in np.unique(places):
-            mine = places == place
-            values[mine] = parts[place][rows[mine] - self._starts[place]]
-        return torch.from_numpy(values).view(len(keys), *shape)
+            # Opened for this read only: a table may have more parts than a process may hold files open.
+            with self._files[column][place].open("rb", buffering=0) as file:
+                for i in np.flatnonzero(places == place):
+                    values[i] = np.frombuffer(
+                        os.pread(file.fileno(), size, int(rows[i] - self._starts[place]) * size), np.uint8
+                    )
+        return torch.from_numpy(values.view(np.float16).astype(np.float32)).view(len(keys), *shape)
 
 
 _SEVERAL = "tensors of several sizes, or some missing; caches of one backbone have one shape, make them again"
@@ -103,6 +110,10 @@ _SEVERAL = "tensors of several sizes, or some missing; caches of one backbone ha
 
 def _copy_out(store: Store, table: schemas.Table, partition: str, blobs: list[str], folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{folder.name.rpartition('@')[0]}@*"):
+        # Of a process that was killed; one that still copies has touched it today.
+        if time.time() - left.stat().st_mtime > STAGED_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
     staged = folder.with_name(f".{folder.name}.{os.getpid()}-{uuid.uuid4().hex[:6]}")
     staged.mkdir()
     try:

@@ -85,8 +85,9 @@ def main(arguments: list[str] | None = None) -> int:
     config = configuration.load(options.config)
     names = [options.recipe] if options.recipe else list(config.training.recipes)
     chosen = [r.name for r in recipes.recipes_in_order(names)]
-    if options.what in ("all", "trajectories", "train") and not options.dry_run:
-        spread(config, options, given)
+    for name in chosen:
+        if options.what != "cache":
+            loop.require_family(recipes.recipe(name), config)
     is_first = int(os.environ.get("RANK", "0")) == 0
     store = Store(config.store_location)
     training = Training(store, config, say if is_first else lambda message: None)
@@ -94,11 +95,13 @@ def main(arguments: list[str] | None = None) -> int:
         for name in chosen:
             say(plan.describe(plan.plan(training.run(name, is_plan=True))) + "\n")
         return 0
-    if options.what in ("all", "cache") and is_first:
+    # Before there are several processes, which would only wait.
+    if options.what in ("all", "cache") and "RANK" not in os.environ:
         for key in training.shard_keys():
-            _tell(f"latents {key}", training.latents(key))
+            _tell(f"latents {key}", training.latents(key, chosen))
         _tell("prompt_embeddings", training.prompt_embeddings())
-    loop.wait_for_first()
+    if options.what in ("all", "trajectories", "train"):
+        spread(config, options, given)
     if options.what == "trajectories":
         for name in chosen:
             made = training.trajectories(name)

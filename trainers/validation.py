@@ -3,7 +3,7 @@
     s = (L_start^w - L_start^l) - (L_policy^w - L_policy^l)   per pair and draw, `start` the model before the first step
 
 Noise is Gaussian whatever the recipe trains on, and the reference is the run's start whatever the recipe's reference does:
-so curves of different recipes can be laid over one another.
+so curves of different recipes can be laid over one another, those of losses where the recipes' beta is the same.
 Belongs here: measuring a policy during its run. Does not belong here: judging finished models (`evaluate`).
 """
 
@@ -25,16 +25,21 @@ from PIL import Image
 from pipelines import schemas
 from pipelines.config import Config, ConfigError
 from pipelines.curation import HumanPolicy
+from pipelines.identity import fingerprint
 from pipelines.tables import Store
 from trainers import data, noising, randomness, sampling
 from trainers.caches import Backbone
 
 LABELS = ("human", "consensus", "minority")
 METRICS = (*(f"{m}_{label}" for label in LABELS for m in ("implicit_accuracy", "loss")), "median_score")
-BATCH = 64
 MINORITY_THRESHOLD = 0.5
 Progress = Callable[[str], None]
 Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+def pairs_at_once(backbone: Any) -> int:
+    """Return how many pairs are measured in one forward."""
+    return max(1, backbone.pictures_at_once // 2)
 
 
 def fixed_draws(purpose: str, ids: Sequence[str], draw: int, draws: int, schedule_length: int) -> data.Draws:
@@ -106,19 +111,20 @@ class Validation:
         accelerator: Accelerator,
         beta: float,
         progress: Progress,
-        scratch: Any,
+        training: data.PairData,
     ) -> None:
         """Choose what is measured; the models before the first step are measured by `start`.
 
         Args:
             beta: of the loss that is reported, -log sigmoid(0.5 * beta * s).
+            training: pairs of the run, whose open caches serve here too.
         """
         self._options, self._config, self._store = config.training.validation, config, store
         self._backbone, self._accelerator, self._beta = backbone.model, accelerator, beta
         self._progress = progress
         pairs = held_out_pairs(store, self._options.pairs)
         self._pairs = pairs
-        self._source = data.PairData(store, pairs, backbone, scratch) if len(pairs) else None
+        self._source = training.other(pairs) if len(pairs) else None
         if self._source is None:
             progress("validation: no decided pair of split validation or test, none is measured")
         self._prompts = _prompts(store, self._options.prompts)
@@ -130,7 +136,22 @@ class Validation:
         if self._options.scorer and self._chosen is None:
             names = [s.name for s in config.scorers if s.kind != "imported"]
             raise ConfigError(f"training.validation.scorer: expected one of {names}, found {self._options.scorer!r}")
-        self.start: torch.Tensor | None = None
+        self._start: torch.Tensor | None = None
+        self._about = fingerprint(pairs=pairs["pair_id"].to_list(), draws=self._options.draws)
+
+    def start_state(self) -> dict[str, Any] | None:
+        """Return the start's errors for a checkpoint."""
+        return None if self._start is None else {"about": self._about, "errors": self._start}
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Take the start's errors from a checkpoint, unless they are of other pairs or draws."""
+        if state is not None and state["about"] == self._about:
+            self._start = state["errors"]
+
+    @property
+    def needs_start(self) -> bool:
+        """Return whether the model that the run starts from has yet to be measured."""
+        return self._source is not None and self._start is None
 
     def _errors(self, unet: Callable[..., Any], autocast: Autocast) -> torch.Tensor:
         """Return L on all pairs and draws, [2, pairs, draws]; every process measures a part."""
@@ -138,27 +159,27 @@ class Validation:
         count, draws, world = len(self._pairs), self._options.draws, self._accelerator.num_processes
         ids = self._pairs["pair_id"].to_list()
         errors = torch.zeros(2, count, draws)
-        for number, start in enumerate(range(0, count, BATCH)):
+        batch = pairs_at_once(self._backbone)
+        for number, start in enumerate(range(0, count, batch)):
             if number % world != self._accelerator.process_index:
                 continue
-            rows = list(range(start, min(start + BATCH, count)))
+            rows = list(range(start, min(start + batch, count)))
             for draw in range(draws):
                 drawn = fixed_draws("validation", [ids[r] for r in rows], draw, draws, self._backbone.timesteps)
                 errors[:, rows, draw] = pair_errors(self._backbone, unet, self._source, rows, drawn, autocast)
         return self._accelerator.reduce(errors.to(self._accelerator.device), "sum").cpu()
 
     def prepare(self, unet: Callable[..., Any], autocast: Autocast) -> None:
-        """Measure the model that the run starts from, unless a checkpoint had its errors."""
-        if self._source is not None and self.start is None:
-            self.start = self._errors(unet, autocast)
+        """Measure the model that the run starts from."""
+        self._start = self._errors(unet, autocast)
 
     def measure(self, unet: Any, autocast: Autocast) -> tuple[dict[str, tuple[float, int]], bytes | None]:
         """Return metric -> (value, count) of METRICS, and a PNG of the samples (first process only)."""
         values: dict[str, tuple[float, int]] = {}
         if self._source is not None:
-            assert self.start is not None
+            assert self._start is not None
             errors = self._errors(unet, autocast)
-            margin = (self.start[0] - self.start[1]) - (errors[0] - errors[1])
+            margin = (self._start[0] - self._start[1]) - (errors[0] - errors[1])
             values |= by_labels(margin, self._pairs, self._beta)
         picture = None
         if len(self._prompts):

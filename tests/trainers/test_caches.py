@@ -173,6 +173,6 @@ def test_a_latent_beyond_half_precision_is_refused_with_the_option(shard, backbo
     store, key, _ = shard
     with torch.no_grad():
         backbone.model.vae.quant_conv.bias += 1e6
-    with pytest.raises(ValueError, match=r"overflows float16.*backbone\.vae"):
+    with pytest.raises(ValueError, match=r"overflows float16.*backbones\.vae"):
         caches.cache_latents(store, key, backbone)
     assert store.manifest("latents", backbone.partition(key)) is None

@@ -100,6 +100,7 @@ VARIANTS = {
     ),
     "adafactor": variant(optimiser=Optimiser("adafactor", schedule="cosine")),
     "no reference": variant(objective=MaPO()),
+    "dr_dpo": variant(objective=DrDPO()),
 }
 """What differs in a run's state, and so can be lost when it resumes."""
 
@@ -149,9 +150,9 @@ def test_a_killed_run_resumes_to_exactly_the_weights_and_metrics_of_an_unbroken_
     assert len(whole) == 5 * 8
 
 
-@pytest.mark.parametrize("step", range(1, 6))
+@pytest.mark.parametrize("step", [1, 2, 9, 12, 14])
 def test_a_run_may_be_killed_at_any_step(cached_config, tmp_path, step):
-    config = with_training(cached_config, steps=6, checkpoint_every=2)
+    config = with_training(cached_config, steps=15, checkpoint_every=2, batch_size=4)
     other = elsewhere(config, tmp_path / "elsewhere")
     rule = VARIANTS["adaptive, corrected"]
     trained(config, rule)
@@ -186,15 +187,17 @@ for name in {names!r}:
 
 def test_two_processes_give_the_loss_curve_and_weights_of_one(cached_config, tmp_path):
     # Two micro-batches in one process, one in each of two: statistics are over the same pairs.
-    names = ["full", "lora", "hard copy", "lora, ema reference", "adaptive, corrected", "trajectories"]
+    names = ["full", "lora", "hard copy", "lora, ema reference", "dr_dpo", "trajectories"]
     accumulated = ["full", "lora, hard copy"]
-    for part, options in (
-        (names, {"one": {}, "two": {}}),
-        (accumulated, {"one": {"micro_batch": 6}, "two": {"micro_batch": 3}}),
+    for part, steps, options in (
+        (names, 4, {"one": {}, "two": {}}),
+        (accumulated, 4, {"one": {"micro_batch": 6}, "two": {"micro_batch": 3}}),
+        # Its scale is used from the tenth step on.
+        (["adaptive, corrected"], 14, {"one": {}, "two": {}}),
     ):
         folder = tmp_path / part[-1].replace(" ", "")
         one, two = (
-            with_training(elsewhere(cached_config, folder / k), steps=4, batch_size=12, log_pairs=True, **o)
+            with_training(elsewhere(cached_config, folder / k), steps=steps, batch_size=12, log_pairs=True, **o)
             for k, o in options.items()
         )
         for name in part:
@@ -223,6 +226,13 @@ def test_two_processes_give_the_loss_curve_and_weights_of_one(cached_config, tmp
             expected, found = (weights_of(run_of(c, VARIANTS[name]).model_folder) for c in (one, two))
             for key in expected:
                 torch.testing.assert_close(found[key], expected[key], atol=3e-5, rtol=1e-3)
+        rule = VARIANTS[part[-1]]
+        frames = [Store(c.store_location).read(schemas.TRAINING_PAIRS, rule.name) for c in (one, two)]
+        assert frames[0]["pair_id"].equals(frames[1]["pair_id"])
+        if "adaptive" in part[-1]:
+            weights = [f["weight"].to_numpy() for f in frames]
+            assert weights[0].min() < 0.9
+            assert abs(weights[0] - weights[1]).max() < 1e-3
 
 
 @pytest.fixture
@@ -253,6 +263,38 @@ def test_activation_checkpointing_changes_no_number(cached_config, tmp_path):
     for name in ("full", "lora, hard copy"):
         plain, saving = trained(config, VARIANTS[name]), trained(other, VARIANTS[name])
         assert saving["loss"].to_list() == pytest.approx(plain["loss"].to_list(), abs=1e-6)
+
+
+def test_a_statistic_over_micro_batches_is_part_of_what_a_run_is(cached_config):
+    def mark(rule, **options):
+        return run_of(with_training(cached_config, **options), rule).mark
+
+    plain, mixing = variant(), variant(objective=DrDPO())
+    assert mark(plain) == mark(plain, micro_batch=4) == mark(plain, processes=2)
+    assert mark(mixing) == mark(mixing, micro_batch=8)
+    assert mark(mixing, micro_batch=4) == mark(mixing, micro_batch=2, processes=2)
+    assert mark(mixing) != mark(mixing, micro_batch=4)
+    for metric, margin in (("online_corrected", "none"), ("dataset", "none")):
+        rule = variant(objective=AdaptiveDPO(metric=metric, margin_term=margin))
+        assert mark(rule) == mark(rule, micro_batch=4)
+    assert mark(VARIANTS["adaptive, online"]) != mark(VARIANTS["adaptive, online"], micro_batch=4)
+    assert mark(plain) == mark(variant(summary="said otherwise"))
+    assert mark(plain) != mark(plain, compile="blocks")
+
+
+def test_trajectories_of_another_precision_are_others(cached_config):
+    rule = VARIANTS["trajectories"]
+    exact, half = (run_of(with_training(cached_config, precision=p), rule).trajectories for p in ("fp32", "bf16"))
+    assert exact != half
+
+
+def test_preferences_that_labels_have_left_behind_are_not_trained_on(cached_config):
+    store = Store(cached_config.store_location)
+    frame = store.scan(schemas.SMOOTHED)
+    table = schemas.SMOOTHED.of(schemas.SMOOTHED.scorers(frame.collect_schema().names()))
+    store.write(table, frame.collect().head(10), made_from="another")
+    with pytest.raises(StoreError, match="preferences"):
+        run_of(cached_config, recipe("diffusion_dpo"))
 
 
 def test_a_pair_is_mirrored_as_a_whole_from_mirrored_latents(cached_config):
@@ -405,11 +447,49 @@ def test_objectives_without_a_reference_report_no_margin(cached_config):
     assert metrics["loss"].is_not_nan().all()
 
 
-def test_a_statistic_over_micro_batches_makes_another_run_of_another_micro_batch(cached_config):
-    whole, parts = (with_training(cached_config, micro_batch=m) for m in (None, 4))
-    assert run_of(whole, variant()).mark == run_of(parts, variant()).mark
-    rule = variant(objective=DrDPO())
-    assert run_of(whole, rule).mark != run_of(parts, rule).mark
+def test_rows_of_pairs_are_never_those_of_another_run(cached_config):
+    logging = with_training(cached_config, steps=4, checkpoint_every=2, log_pairs=True)
+    plain = with_training(cached_config, steps=4, checkpoint_every=2, seed=1)
+    rule, store = variant(), Store(cached_config.store_location)
+    trained(logging, rule)
+    assert len(store.read(schemas.TRAINING_PAIRS, rule.name)) == 32
+    trained(plain, rule)
+    assert store.read(schemas.TRAINING_PAIRS, rule.name).is_empty()
+    # Asked for the pairs of a run that recorded none, it trains again.
+    asked = with_training(plain, log_pairs=True)
+    assert run_of(plain, rule).finished() is not None
+    assert run_of(asked, rule).finished() is None
+    with pytest.raises(StopHere):
+        trained(with_training(plain, seed=2), rule, stop_after(3))
+    with pytest.raises(StoreError, match=r"first 2 steps.*log_pairs"):
+        trained(with_training(plain, seed=2, log_pairs=True), rule)
+
+
+def test_validation_after_a_resume_still_compares_with_the_start(cached_config, tmp_path):
+    validation = ValidationConfig(every=2, pairs=24, draws=2, prompts=0)
+    rule = VARIANTS["lora"]
+    whole = with_training(cached_config, steps=4, checkpoint_every=2, validation=validation)
+    other = elsewhere(whole, tmp_path / "elsewhere")
+    trained(whole, rule)
+    # Killed while it measured nothing, or something else; resumed as the unbroken run was.
+    for kept in (NO_VALIDATION, validation.model_copy(update={"draws": 3})):
+        config = elsewhere(other, tmp_path / f"every{kept.every}")
+        with pytest.raises(StopHere):
+            trained(with_training(config, validation=kept), rule, stop_after(3))
+        trained(with_training(config, validation=validation), rule)
+        frames = [
+            Store(c.store_location).read(schemas.TRAINING_VALIDATIONS, rule.name).filter(pl.col("step") == 4)
+            for c in (whole, config)
+        ]
+        assert frames[0].equals(frames[1])
+
+
+def test_the_best_model_cannot_be_exported_without_validation(cached_config):
+    with pytest.raises(ConfigError, match=r"export = 'best'.*every"):
+        trained(with_training(cached_config, export="best"), variant())
+    validation = ValidationConfig(every=1, pairs=8, draws=1, prompts=0, best_by="median_score")
+    with pytest.raises(ConfigError, match=r"median_score.*found \['implicit"):
+        trained(with_training(cached_config, export="best", validation=validation), variant())
 
 
 def test_a_recipe_can_start_from_another_recipes_model(cached_config, monkeypatch):

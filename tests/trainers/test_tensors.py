@@ -86,7 +86,7 @@ def test_half_written_copies_are_not_read(store, tmp_path):
 def test_tensors_of_two_sizes_are_refused_with_the_sizes(store, tmp_path):
     write(store, "tiny/one", rows(["a"], 1)[0])
     write(store, "tiny/two", rows(["b"], 1, shape=(4, 4, 4))[0])
-    with pytest.raises(StoreError, match=r"several sizes.*\[16, 64\]"):
+    with pytest.raises(StoreError, match=r"several sizes.*\[32, 128\]"):
         TensorFile(store, schemas.LATENTS, "tiny/", tmp_path / "scratch")
 
 

@@ -10,9 +10,12 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
+
+from trainers.backbones.adapters import adapter_layers, cast_frozen
 
 Parts = Literal["none", "transformers", "blocks"]
 """What is compiled: nothing; every transformer block by itself; those, residual blocks and norms, in channels-last layout."""
@@ -54,6 +57,22 @@ def halve_norms(unet: nn.Module) -> nn.Module:
         half = _HALF.get(type(module))
         if half is not None:
             module.__class__ = half
+    return unet
+
+
+def prepare(unet: UNet2DConditionModel, dtype: torch.dtype | None, parts: Parts) -> UNet2DConditionModel:
+    """Return a policy as it trains under autocast of `dtype` (None: none), before anything is copied from it.
+
+    Norms read and write half precision, frozen weights of an adapted model lie in it, and adapters take their input as it is:
+    autocast rounds it itself, peft would write it out in float32 first.
+    """
+    arrange(unet, parts)
+    if dtype is not None:
+        halve_norms(unet)
+        if layers := adapter_layers(unet):
+            cast_frozen(unet, dtype)
+            for layer in layers:
+                layer.cast_input_dtype_enabled = False
     return unet
 
 

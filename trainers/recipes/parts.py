@@ -30,6 +30,8 @@ class Objective:
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[Need]] = frozenset({"reference"})
+    mixes_pairs: ClassVar[bool] = False
+    """Whether a pair's loss depends on the other pairs of its micro-batch (of all processes)."""
 
     def numbers(self) -> dict[str, Any]:
         """Return the arguments of the loss."""
@@ -73,6 +75,11 @@ class AdaptiveDPO(Objective):
             )
         if self.metric == "online_corrected" and not self.normalise:
             raise ValueError("AdaptiveDPO: the metric 'online_corrected' is normalised; leave normalise true")
+
+    @property
+    def mixes_pairs(self) -> bool:  # type: ignore[override]
+        """Return whether margins are judged by the micro-batch's."""
+        return self.metric == "online"
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]
@@ -141,6 +148,7 @@ class DrDPO(Objective):
     """Distributionally robust DPO (arXiv 2407.07880)."""
 
     name: ClassVar[str] = "dr_dpo"
+    mixes_pairs: ClassVar[bool] = True
     beta: float = 100.0
     temperature: float = 1.0
 
@@ -167,6 +175,7 @@ class SDPO(Objective):
     """Diffusion-SDPO (arXiv 2511.03317): the loser's gradient is scaled so that the winner's error does not grow."""
 
     name: ClassVar[str] = "sdpo"
+    mixes_pairs: ClassVar[bool] = True
     beta: float = 100.0
     mu: float = 0.9
 
@@ -187,6 +196,7 @@ class KTO(Objective):
     """Diffusion-KTO (arXiv 2404.04465): the winner desirable, the loser undesirable."""
 
     name: ClassVar[str] = "kto"
+    mixes_pairs: ClassVar[bool] = True
     beta: float = 100.0
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
@@ -208,6 +218,7 @@ class GroupRobust(Objective):
     """
 
     name: ClassVar[str] = "group_robust"
+    mixes_pairs: ClassVar[bool] = True
     needs: ClassVar[frozenset[Need]] = frozenset({"reference", "group"})
     beta: float = 100.0
     eta: float = 0.01
