@@ -392,8 +392,9 @@ class Trainer:
         return row
 
     def close(self) -> None:
-        """Close the record and end the preparation of batches."""
+        """Close the record, end the preparation of batches, let go of the policy."""
         self._closing.close()
+        self.backbone.release()
 
     def _whole_policy(self) -> Any:
         return self.accelerator.unwrap_model(self.model)

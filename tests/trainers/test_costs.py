@@ -7,7 +7,8 @@ from torch import nn
 
 from pipelines.config import BackboneConfig, small_world
 from trainers import backbones, costs, recipes
-from trainers.backbones.adapters import cast_frozen, trained_parameters
+from trainers.backbones import speed
+from trainers.backbones.adapters import trained_parameters
 from trainers.backbones.random_pipelines import TINY_RESOLUTION, make_pipeline
 from trainers.ema_annotators import EmaAnnotators
 from trainers.recipes import AdaptiveDPO, FullWeights, LoRA, Optimiser, ReferencePolicy, tiny
@@ -91,8 +92,7 @@ HARD_COPY, EMA = ReferencePolicy("hard_copy", 5), ReferencePolicy("ema", 5, 0.9)
 def test_models_take_what_the_real_ones_take(config, backbone, shape, weights, reference, precision):
     rule = replace(FULL, weights=weights, reference=reference, objective=AdaptiveDPO())
     policy, dtype = backbone.trainable(weights, None, 0), {"bf16": torch.bfloat16}.get(precision)
-    if dtype is not None and isinstance(weights, LoRA):
-        cast_frozen(policy, dtype)
+    speed.prepare(policy, dtype, "none")
     shadow = Reference(policy, reference, dtype)._shadow
     annotators = EmaAnnotators(policy).models
     found = memory(config, rule, shape, precision=precision)
@@ -115,8 +115,7 @@ def test_objectives_without_a_reference_hold_none(config, shape):
 def really_saved(backbone, rule, shape, *, precision="fp32", checkpointed=False):
     """Bytes that a real forward leaves for backward: distinct memory of the saved tensors, without the weights."""
     policy = backbone.trainable(rule.weights, None, 0)
-    if precision == "bf16" and isinstance(rule.weights, LoRA):
-        cast_frozen(policy, torch.bfloat16)
+    speed.prepare(policy, torch.bfloat16 if precision == "bf16" else None, "none")
     weights, saved = {p.untyped_storage().data_ptr() for p in policy.parameters()}, {}
 
     def keep(tensor):

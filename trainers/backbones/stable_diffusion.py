@@ -205,5 +205,10 @@ class StableDiffusionBackbone:
         self._sampler.unet = unet
         return self._sampler
 
+    def release(self) -> None:
+        """Let go of the UNet that was sampled with last."""
+        if self._sampler is not None:
+            self._sampler.unet = None
+
     def _pipeline_options(self) -> dict[str, Any]:
         return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
