@@ -31,7 +31,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from pipelines import schemas
 from pipelines.config import Config, ConfigError
 from pipelines.identity import fingerprint
-from pipelines.tables import Built, Store, StoreError
+from pipelines.tables import Built, Manifest, Store, StoreError
 from trainers import data, trajectories
 from trainers.backbones import exports, speed
 from trainers.backbones.adapters import trained_parameters
@@ -43,7 +43,7 @@ from trainers.losses import PairBatch
 from trainers.objectives import Bound
 from trainers.precision import DTYPES, resolve_precision
 from trainers.recipes import Forward, Inversion, Recipe
-from trainers.recorder import Recorder, Report
+from trainers.recorder import Recorder, Report, saved_pairs
 from trainers.references import Reference
 from trainers.schedules import learning_rate, optimizer
 from trainers.validation import METRICS, Validation, is_better
@@ -161,6 +161,48 @@ class Run:
             return None
         return Trained(Built(manifest, True), self.model_folder)
 
+    # --- the run's own record of its tables, from which they are committed ---------------------------------------------
+
+    def keep(self, metrics: list[dict[str, Any]], validations: list[dict[str, Any]], extra: dict[str, Any]) -> None:
+        """Write what becomes rows of tables beside the model; rows of pairs lie there already."""
+        for table, rows in ((schemas.TRAINING_METRICS, metrics), (schemas.TRAINING_VALIDATIONS, validations)):
+            pl.DataFrame(rows, schema=table.polars_schema).write_parquet(self.folder / f"{table.name}.parquet")
+        staged = self._record.with_suffix(".writing")
+        staged.write_text(json.dumps({"mark": self.mark, "extra": extra}))
+        staged.replace(self._record)
+
+    @property
+    def _record(self) -> Path:
+        return self.folder / "finished.json"
+
+    def commit(self, started: float) -> Manifest:
+        """Commit the tables of the finished run from its record; the metrics last, which say that it is finished."""
+        name, extra = self.recipe.name, json.loads(self._record.read_text())["extra"]
+        validations = pl.read_parquet(self.folder / f"{schemas.TRAINING_VALIDATIONS.name}.parquet")
+        self.store.write(schemas.TRAINING_VALIDATIONS, validations, partition=name, made_from=self.mark)
+        # Empty where none were recorded: rows of another run must not stand beside this one's metrics.
+        files = saved_pairs(self.folder) if extra["has_pairs"] else []
+        pairs = (pl.read_parquet(f) for f in files)
+        self.store.write(schemas.TRAINING_PAIRS, pairs, partition=name, made_from=self.mark)
+        return self.store.write(
+            schemas.TRAINING_METRICS,
+            pl.read_parquet(self.folder / f"{schemas.TRAINING_METRICS.name}.parquet"),
+            partition=name,
+            made_from=self.mark,
+            inputs={f"{m.table}/{m.partition}": m.content for m in self.inputs},
+            extra=extra,
+            started=started,
+        )
+
+    def brought_back(self) -> Trained | None:
+        """Return the run if it was finished once and another run's tables took its place since; they are its own again."""
+        if not self._record.exists() or exports.kind(self.model_folder) is None:
+            return None
+        record = json.loads(self._record.read_text())
+        if record["mark"] != self.mark or (self.config.training.log_pairs and not record["extra"]["has_pairs"]):
+            return None
+        return Trained(Built(self.commit(time.monotonic()), True), self.model_folder)
+
 
 def print_json(row: dict[str, Any]) -> None:
     """Report a row as one line of JSON, as a launcher reads it."""
@@ -176,7 +218,7 @@ def train(run: Run, progress: Progress = print, report: Report = lambda row: Non
         progress: gets lines for people.
         report: gets the row of every step and validation; see `Recorder`.
     """
-    if (done := run.finished()) is not None:
+    if (done := run.finished() or run.brought_back()) is not None:
         progress(f"{run.recipe.name}: unchanged, nothing to train")
         return done
     return Trainer(run, progress, report).train()
@@ -625,45 +667,26 @@ class Trainer:
                 staged.rename(run.model_folder)
             else:
                 self.backbone.export(self._whole_policy(), run.model_folder)
-            self._commit_side_tables()
-            manifest = run.store.write(
-                schemas.TRAINING_METRICS,
-                pl.DataFrame(self.metrics, schema=schemas.TRAINING_METRICS.polars_schema),
-                partition=self.recipe.name,
-                made_from=run.mark,
-                inputs={f"{m.table}/{m.partition}": m.content for m in run.inputs},
-                extra={
-                    "model": str(run.model_folder),
-                    "recipe": self.recipe.numbers(),
-                    "pairs": len(self.pairs),
-                    "seed": self.options.seed,
-                    "device": str(self.backbone.device),
-                    "precision": run.precision,
-                    "processes": self.world,
-                    "micro_batch": self.micro,
-                    "best": self.best,
-                    "has_pairs": self.options.log_pairs,
-                },
-                started=self.started,
-            )
+            self.recorder.save_pairs(run.steps)
+            extra = {
+                "model": str(run.model_folder),
+                "recipe": self.recipe.numbers(),
+                "pairs": len(self.pairs),
+                "seed": self.options.seed,
+                "device": str(self.backbone.device),
+                "precision": run.precision,
+                "processes": self.world,
+                "micro_batch": self.micro,
+                "best": self.best,
+                "has_pairs": self.options.log_pairs,
+            }
+            run.keep(self.metrics, self.validations, extra)
+            manifest = run.commit(self.started)
             self.checkpoint.remove()
         self.accelerator.wait_for_everyone()
         if not self.is_main:
             manifest = run.store.require("training_metrics", self.recipe.name)
         return Trained(Built(manifest, False), run.model_folder)
-
-    def _commit_side_tables(self) -> None:
-        run, name = self.run, self.recipe.name
-        run.store.write(
-            schemas.TRAINING_VALIDATIONS,
-            pl.DataFrame(self.validations, schema=schemas.TRAINING_VALIDATIONS.polars_schema),
-            partition=name,
-            made_from=run.mark,
-        )
-        # Empty where none were recorded: rows of another run must not stand beside this one's metrics.
-        self.recorder.save_pairs(run.steps)
-        files = self.recorder.saved_pairs() if self.options.log_pairs else []
-        run.store.write(schemas.TRAINING_PAIRS, (pl.read_parquet(f) for f in files), partition=name, made_from=run.mark)
 
 
 _OBSERVED = (

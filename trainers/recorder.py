@@ -17,6 +17,8 @@ import polars as pl
 from pipelines import schemas
 
 Report = Callable[[dict[str, Any]], None]
+PAIRS = "pairs"
+"""Folder of a run with its rows of `training_pairs`."""
 
 
 class Recorder:
@@ -34,7 +36,7 @@ class Recorder:
 
         self._name, self._steps, self._report = name, steps, report
         self._pairs: list[dict[str, Any]] = []
-        self._pairs_folder = folder / "pairs"
+        self._pairs_folder = folder / PAIRS
         self._cut_back(folder / "metrics.jsonl", first)
         self._lines = (folder / "metrics.jsonl").open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
@@ -84,10 +86,6 @@ class Recorder:
         staged.replace(file)
         self._pairs = []
 
-    def saved_pairs(self) -> list[Path]:
-        """Return the files of `save_pairs`, in the order of steps."""
-        return sorted(self._pairs_folder.glob("*.parquet"))
-
     def close(self) -> None:
         """Flush and close everything."""
         self._lines.close()
@@ -98,6 +96,11 @@ class Recorder:
         self._lines.write(json.dumps(row) + "\n")
         self._lines.flush()
         self._report({"recipe": self._name, "of": self._steps, **row})
+
+
+def saved_pairs(folder: Path) -> list[Path]:
+    """Return the files of rows per pair that a run's folder holds, in the order of steps."""
+    return sorted((folder / PAIRS).glob("*.parquet"))
 
 
 def _step_of(line: str) -> int:

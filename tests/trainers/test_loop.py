@@ -449,6 +449,27 @@ def test_objectives_without_a_reference_report_no_margin(cached_config):
     assert metrics["loss"].is_not_nan().all()
 
 
+def test_a_run_that_was_finished_once_is_not_trained_again(cached_config):
+    first = with_training(cached_config, steps=3, log_pairs=True)
+    other = with_training(cached_config, steps=3, seed=1)
+    rule, store = variant(), Store(cached_config.store_location)
+    names = (schemas.TRAINING_METRICS, schemas.TRAINING_VALIDATIONS, schemas.TRAINING_PAIRS)
+    trained(first, rule)
+    before = [store.read(t, rule.name) for t in names]
+    trained(other, rule)
+    assert not store.read(names[0], rule.name).equals(before[0])
+    rows = []
+    trained(first, rule, rows.append)
+    assert rows == []
+    assert all(store.read(t, rule.name).equals(b) for t, b in zip(names, before, strict=True))
+    assert run_of(first, rule).finished() is not None
+    # Without its model there is nothing to bring back.
+    trained(other, rule)
+    shutil.rmtree(run_of(first, rule).model_folder)
+    trained(first, rule, rows.append)
+    assert len(rows) == 3
+
+
 def test_rows_of_pairs_are_never_those_of_another_run(cached_config):
     logging = with_training(cached_config, steps=4, checkpoint_every=2, log_pairs=True)
     plain = with_training(cached_config, steps=4, checkpoint_every=2, seed=1)

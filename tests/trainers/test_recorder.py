@@ -3,7 +3,7 @@ import json
 import polars as pl
 import pytest
 
-from trainers.recorder import Recorder
+from trainers.recorder import Recorder, saved_pairs
 
 
 def row(step, loss=0.5):
@@ -53,7 +53,7 @@ def test_a_resumed_record_is_cut_back_to_its_checkpoint(opened):
     assert [(r["step"], r["loss"]) for r in lines(file)] == [(1, 0.5), (2, 0.5), (3, 0.5), (4, 0.25)]
 
 
-def test_rows_of_pairs_are_written_by_checkpoint_and_cut_back_too(opened):
+def test_rows_of_pairs_are_written_by_checkpoint_and_cut_back_too(opened, tmp_path):
     open_at, _, _ = opened
     recorder = open_at(0)
     for step in (1, 2, 3, 4):
@@ -62,7 +62,7 @@ def test_rows_of_pairs_are_written_by_checkpoint_and_cut_back_too(opened):
             recorder.save_pairs(step)
     recorder.close()
     resumed = open_at(2)
-    assert pl.concat(pl.read_parquet(f) for f in resumed.saved_pairs())["step"].to_list() == [1, 1, 2, 2]
+    assert pl.concat(pl.read_parquet(f) for f in saved_pairs(tmp_path))["step"].to_list() == [1, 1, 2, 2]
     resumed.close()
 
 
