@@ -56,6 +56,7 @@ checkpoint = "{weights}/tiny-sd"
 resolution = 32
 
 [training]
+recipes = ["diffusion_dpo", "smpo"]
 device = "cpu"
 steps = 8
 checkpoint_every = 2
@@ -134,7 +135,7 @@ def test_a_killed_demo_continues_where_it_was(finished):
 
 def test_the_demo_prints_the_leaderboard_and_where_the_tables_lie(finished):
     for judge in ("pickscore", "clip", "taste:majority", "taste:minority", "fidelity", "held-out pairs"):
-        for recipe in ("diffusion_dpo", "balanced_dpo"):
+        for recipe in ("diffusion_dpo", "smpo"):
             assert re.search(rf"{recipe} +{judge} ", finished.output), (recipe, judge)
     assert str(finished.home / "store") in finished.output
     assert "results computed" in finished.output
