@@ -5,6 +5,7 @@ Belongs here: what people choose, with its default and unit. Does not belong her
 
 from __future__ import annotations
 
+import json
 import os
 import tomllib
 from pathlib import Path
@@ -241,6 +242,43 @@ class EvaluationConfig(_Model):
     bootstrap: int = pydantic.Field(2_000, ge=100, description="bootstrap resamples of prompts")
 
 
+class ChecksConfig(_Model):
+    """When a check warns."""
+
+    sample_pairs: int = pydantic.Field(
+        2_000, ge=1, description="pairs of the frozen sample on which drift is measured; drawn once and kept"
+    )
+    accuracy_points: float = pydantic.Field(
+        2.0, ge=0, description="points by which a scorer's accuracy on the frozen sample may move between revisions"
+    )
+    consensus_share: float = pydantic.Field(
+        0.01, ge=0, le=1, description="share of the sample's consensus labels that may change between revisions"
+    )
+    calibration_error: float = pydantic.Field(0.05, ge=0, le=1, description="expected calibration error of a scorer")
+    excluded_share: float = pydantic.Field(0.1, ge=0, le=1, description="share of pairs that are excluded")
+
+
+class AutomationConfig(_Model):
+    """What happens without a person. Schedules and the alert sensors are off until they are switched on in the UI."""
+
+    rescore_cron: str = pydantic.Field("0 3 * * 0", description="when the re-scoring schedule looks for changed shards")
+    maintenance_cron: str = pydantic.Field("0 5 * * 0", description="when the maintenance schedule prunes")
+    timezone: str = pydantic.Field("UTC", description="time zone of these")
+    ingest_new_shards: bool = pydantic.Field(
+        False, description="the sensor that registers new source shards also starts their ingestion"
+    )
+    webhook: str = pydantic.Field(
+        "", description="URL that failures and overdue tables are posted to, as JSON with a field 'text'"
+    )
+    fresh_days: float = pydantic.Field(8.0, gt=0, description="days after which a published table is overdue")
+    keep_run_days: float = pydantic.Field(
+        90.0, gt=0, description="days that finished runs, their events and logs are kept; a table's last run stays"
+    )
+    keep_revisions: int = pydantic.Field(
+        2, ge=1, description="revisions of a scorer's scores that are kept, the active one among them"
+    )
+
+
 class Config(_Model):
     """Everything. Relative paths are relative to the working directory."""
 
@@ -264,6 +302,8 @@ class Config(_Model):
     labels: LabelsConfig = LabelsConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    checks: ChecksConfig = ChecksConfig()
+    automation: AutomationConfig = AutomationConfig()
 
     @pydantic.model_validator(mode="after")
     def _names_are_unique(self) -> Config:
@@ -363,13 +403,17 @@ def load(path: str | Path | None = None) -> Config:
     if not chosen:
         return small_world()
     try:
-        options = tomllib.loads(Path(chosen).read_text())
+        # A launcher hands a run's options to the processes it starts as JSON.
+        read = json.loads if Path(chosen).suffix == ".json" else tomllib.loads
+        options = read(Path(chosen).read_text())
     except OSError as error:
         raise ConfigError(
             f"{chosen}: {error.strerror}; name an existing TOML file, or none for the small world"
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{chosen}: not valid TOML: {error}") from error
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{chosen}: not valid {'JSON' if Path(chosen).suffix == '.json' else 'TOML'}: {error}"
+        ) from error
     options.setdefault("home", str(default_home()))
     try:
         config = Config.model_validate(options)

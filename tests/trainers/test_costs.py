@@ -209,10 +209,11 @@ def test_operations_of_adapters_spare_the_gradients_of_frozen_weights(config, sh
 @pytest.mark.parametrize("name", ["diffusion_dpo", "adaptive_dpo_online", "soft_dpo", "group_robust", "adaptive_dpo"])
 def test_a_micro_batch_of_any_objective_is_timed(backbone, shape, name, monkeypatch):
     monkeypatch.setattr(costs, "_REPEATS", 1)
-    found = costs.seconds(backbone, recipes.recipe(name), shape, precision="fp32")
-    assert min(found.micro_batch, found.forward, found.step) > 0
-    assert found.forward < found.micro_batch
-    assert found.peak_bytes is None
+    tries = [costs.seconds(backbone, recipes.recipe(name), shape, precision="fp32") for _ in range(3)]
+    assert min(min(t.micro_batch, t.forward, t.step) for t in tries) > 0
+    # The fastest of three: another process may hold the machine during one of them.
+    assert min(t.forward for t in tries) < min(t.micro_batch for t in tries)
+    assert {t.peak_bytes for t in tries} == {None}
 
 
 def test_sdxls_conditioning_is_counted_and_timed(tmp_path):
