@@ -16,13 +16,13 @@ from pipelines import catalogue, images, schemas, stored
 from pipelines.config import BackboneConfig
 from pipelines.identity import fingerprint
 from pipelines.tables import Built, Store, StoreError, made_of
-from trainers import backbones
+from trainers import backbones, versions
 from trainers.tensors import pack
 
 if TYPE_CHECKING:
     from trainers.backbones.stable_diffusion import StableDiffusionBackbone
 
-CODE_VERSION = "2"
+CODE_VERSION = versions.CACHES
 IMAGES_AT_ONCE, PROMPTS_AT_ONCE = 64, 64
 EMPTY_PROMPT = "empty"
 """prompt_id of the empty prompt in `prompt_embeddings` (no hash can be it)."""

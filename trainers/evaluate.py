@@ -24,12 +24,12 @@ from pipelines.scoring import checkpoints
 from pipelines.scoring import scorer as scoring
 from pipelines.scoring.pictures import Picture
 from pipelines.tables import Built, Manifest, Store
-from trainers import data, validation
+from trainers import data, validation, versions
 from trainers.caches import Backbone
 from trainers.precision import autocast, resolve_precision
 from trainers.sampling import BASE
 
-CODE_VERSION = "2"
+CODE_VERSION = versions.EVALUATION
 HELD_OUT_PAIRS = 500
 HELD_OUT_DRAWS = 6
 HELD_OUT = "held-out pairs"

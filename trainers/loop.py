@@ -32,7 +32,7 @@ from pipelines import schemas
 from pipelines.config import Config, ConfigError
 from pipelines.identity import fingerprint
 from pipelines.tables import Built, Manifest, Store, StoreError
-from trainers import data, trajectories
+from trainers import data, trajectories, versions
 from trainers.backbones import exports, speed
 from trainers.backbones.adapters import trained_parameters
 from trainers.caches import Backbone
@@ -48,7 +48,7 @@ from trainers.references import Reference
 from trainers.schedules import learning_rate, optimizer
 from trainers.validation import METRICS, Validation, is_better
 
-CODE_VERSION = "2"
+CODE_VERSION = versions.TRAINING
 Progress = Callable[[str], None]
 NAMED_PAIRS = 5
 """Pairs that an error names."""

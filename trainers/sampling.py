@@ -18,11 +18,11 @@ from pipelines import identity, schemas
 from pipelines import prompts as prompts_of
 from pipelines.config import Config
 from pipelines.tables import Built, Manifest, Store, StoreError
-from trainers import randomness
+from trainers import randomness, versions
 from trainers.caches import Backbone
 from trainers.precision import autocast, resolve_precision
 
-CODE_VERSION = "2"
+CODE_VERSION = versions.SAMPLING
 BASE = "base"
 """Name of the untuned model in the tables."""
 Progress = Callable[[str], None]

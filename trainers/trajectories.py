@@ -18,13 +18,13 @@ import torch
 
 from pipelines import schemas
 from pipelines.tables import Manifest, Store, StoreError, made_of
-from trainers import caches, randomness
+from trainers import caches, randomness, versions
 from trainers.backbones.conditioning import Conditioning
 from trainers.inversion import MODES, Noise, levels, walk
 from trainers.recipes import Inversion
 from trainers.tensors import TensorFile, pack
 
-CODE_VERSION = "1"
+CODE_VERSION = versions.TRAJECTORIES
 PART = 256
 """Trajectories per partition: what a killed run loses at most."""
 Progress = Callable[[str], None]
