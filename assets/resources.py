@@ -1,8 +1,11 @@
-"""What assets are given: the configuration and the store it names."""
+"""What assets are given: the configuration, with what one run says otherwise, and the store it names."""
 
 from __future__ import annotations
 
+import enum
+
 import dagster as dg
+from pydantic import Field
 
 from pipelines import config as configuration
 from pipelines import ingest
@@ -11,15 +14,49 @@ from pipelines.sources import Shard
 from pipelines.tables import Store
 
 
-class Polyphony(dg.ConfigurableResource):
-    """The project's configuration file; empty: $POLYPHONY_CONFIG, else the embedded small world."""
+class TiePolicy(enum.Enum):
+    """The tie policies, and the configuration's own."""
 
-    config_file: str = ""
+    CONFIGURED = "configured"
+    DROP = "drop"
+    HUMAN = "human"
+    TIE_BREAKER = "tie_breaker"
+    KEEP_ORDER = "keep_order"
+
+
+class Polyphony(dg.ConfigurableResource):
+    """The project's configuration, and what this run says otherwise: all steps of a run agree on it.
+
+    Tables that a run makes under other options than the configuration's are refused by later runs that read them under
+    the configuration's own, which say what to materialize again.
+    """
+
+    config_file: str = Field(
+        default="", description="TOML file; empty: $POLYPHONY_CONFIG, else the embedded small world."
+    )
+    tie_policy: TiePolicy = Field(
+        default=TiePolicy.CONFIGURED,
+        description="What decides a pair on which the scorers' votes are even, instead of labels.tie_policy.",
+    )
+    training_steps: int = Field(
+        default=0, ge=0, description="Optimiser steps of every recipe, instead of training.steps; 0: as configured."
+    )
+    training_batch_size: int = Field(
+        default=0, ge=0, description="Pairs per step, instead of training.batch_size; 0: as configured."
+    )
 
     @property
     def config(self) -> Config:
-        """Return the configuration."""
-        return configuration.load(self.config_file or None)
+        """Return the configuration of this run.
+
+        Raises:
+            ConfigError: the file, or what the run says otherwise, is wrong.
+        """
+        config = configuration.load(self.config_file or None)
+        labels = {} if self.tie_policy is TiePolicy.CONFIGURED else {"tie_policy": self.tie_policy.value}
+        chosen = {"steps": self.training_steps, "batch_size": self.training_batch_size}
+        training = {name: value for name, value in chosen.items() if value}
+        return configuration.changed(config, labels=labels, training=training)
 
     @property
     def store(self) -> Store:

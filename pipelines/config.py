@@ -267,6 +267,11 @@ class AutomationConfig(_Model):
     ingest_new_shards: bool = pydantic.Field(
         False, description="the sensor that registers new source shards also starts their ingestion"
     )
+    owners: dict[str, str] = pydantic.Field(
+        default_factory=dict,
+        description="who owns the assets of a group (ingest, scores, labels, caches, training, evaluation, store): an e-mail "
+        "address or 'team:<name>'; absent: 'team:<group>'",
+    )
     webhook: str = pydantic.Field(
         "", description="URL that failures and overdue tables are posted to, as JSON with a field 'text'"
     )
@@ -415,16 +420,34 @@ def load(path: str | Path | None = None) -> Config:
             f"{chosen}: not valid {'JSON' if Path(chosen).suffix == '.json' else 'TOML'}: {error}"
         ) from error
     options.setdefault("home", str(default_home()))
+    config = _checked(options, str(chosen))
+    use_filesystems(config)
+    return config
+
+
+def changed(config: Config, **parts: dict[str, Any]) -> Config:
+    """Return the configuration with other options in some of its parts, e.g. labels = {"tie_policy": "drop"}.
+
+    Raises:
+        ConfigError: an option is unknown or wrong.
+    """
+    if not any(parts.values()):
+        return config
+    options = config.model_dump()
+    for part, values in parts.items():
+        options[part] = {**options[part], **values}
+    return _checked(options, "options of this run")
+
+
+def _checked(options: dict[str, Any], where: str) -> Config:
     try:
-        config = Config.model_validate(options)
+        return Config.model_validate(options)
     except pydantic.ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(str(p) for p in e['loc']) or 'file'}: {e['msg']} (found {e.get('input')!r})"
             for e in error.errors()
         )
-        raise ConfigError(f"{chosen}: {problems}") from error
-    use_filesystems(config)
-    return config
+        raise ConfigError(f"{where}: {problems}") from error
 
 
 def use_filesystems(config: Config) -> None:
