@@ -16,6 +16,7 @@ from pipelines.world import raw
 
 SHARD_TABLES = ingest.TABLES
 CATALOGUE_TABLES = catalogue_of.TABLES
+RAW = "raw_sources"
 
 
 @dg.asset(group_name="ingest", kinds={"parquet", "json"}, code_version=ingest.CODE_VERSION)
