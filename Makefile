@@ -43,7 +43,10 @@ home: ## make DAGSTER_HOME and copy dagster.yaml into it
 demo: setup home  ## the whole main job on the small world, on a CPU
 	$(OFFLINE) $(BIN)/python -m assets.demo
 
-ui: setup home  ## the Dagster UI over the demo's own instance, on 127.0.0.1:$(PORT)
+ui: setup home  ## the Dagster UI over the demo's own instance, on 127.0.0.1:$(PORT); pages of pairs on port 3001
+	@mkdir -p "$(POLYPHONY_HOME)/store/pairs"
+	@$(BIN)/python -m http.server 3001 --bind 127.0.0.1 --directory "$(POLYPHONY_HOME)/store/pairs" >/dev/null 2>&1 & \
+	trap "kill $$! 2>/dev/null" EXIT; \
 	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dg dev --host 127.0.0.1 --port $(PORT)
 
 test: setup  ## the default tests

@@ -11,6 +11,7 @@ import dagster as dg
 from PIL import Image
 
 from pipelines import schemas
+from pipelines.config import Config
 from pipelines.tables import Built, Store
 
 REUSED = "polyphony/is_unchanged"
@@ -80,6 +81,12 @@ def picture(png: bytes, name: str) -> dg.MarkdownMetadataValue:
         image.resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=85, subsampling=0)
         data, kind, scale = buffer.getvalue(), "jpeg", scale * 0.8
     return dg.MetadataValue.md(f"![{name}](data:image/{kind};base64,{base64.b64encode(data).decode()})")
+
+
+def page(store: Store, config: Config, name: str) -> dg.MetadataValue:
+    """Return a page of pairs as a link where somebody serves them (automation.pages_url), else as its path."""
+    base = config.automation.pages_url
+    return dg.MetadataValue.url(f"{base.rstrip('/')}/{name}") if base else dg.MetadataValue.path(store.path("pairs", name))
 
 
 def numbers(values: Mapping[str, float | int | None]) -> dict[str, dg.MetadataValue]:

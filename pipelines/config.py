@@ -275,6 +275,9 @@ class AutomationConfig(_Model):
     webhook: str = pydantic.Field(
         "", description="URL that failures and overdue tables are posted to, as JSON with a field 'text'"
     )
+    pages_url: str = pydantic.Field(
+        "", description="URL below which the store's folder `pairs` is served, for links in the UI; empty: paths are shown"
+    )
     fresh_days: float = pydantic.Field(8.0, gt=0, description="days after which a published table is overdue")
     keep_run_days: float = pydantic.Field(
         90.0, gt=0, description="days that finished runs, their events and logs are kept; a table's last run stays"
@@ -395,6 +398,8 @@ def small_world(home: Path | None = None, world: WorldConfig | None = None) -> C
             ),
         ),
         backbones=(BackboneConfig(name="tiny", family="tiny", checkpoint=str(WEIGHTS / "tiny-sd"), resolution=32),),
+        # Where `make ui` serves them.
+        automation=AutomationConfig(pages_url="http://127.0.0.1:3001"),
     )
 
 
