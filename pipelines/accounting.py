@@ -7,12 +7,11 @@ Belongs here: sums over the catalogue and the shards. Does not belong here: deci
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 
 import polars as pl
 
-from pipelines import catalogue, schemas
+from pipelines import catalogue, plots, schemas
 from pipelines.sources import Shard
 from pipelines.tables import Built, Store
 
@@ -145,14 +144,12 @@ def as_markdown(report: pl.DataFrame) -> str:
 
 def plot(report: pl.DataFrame) -> bytes:
     """Return a PNG: per source the shares of vote rows by what became of them, and of prompts by split."""
-    from matplotlib.figure import Figure
-
     parts = {
         "vote rows": ("votes_ok", "unlabelled", "unreadable", "duplicates", "other_rejected"),
         "prompts": ("prompts_train", "prompts_validation", "prompts_test"),
     }
-    figure = Figure(figsize=(7, 1.2 + 0.45 * len(report)), layout="constrained")
-    for axis, (title, columns) in zip(figure.subplots(1, 2, sharey=True), parts.items(), strict=True):
+    drawn = plots.figure(1.2 + 0.4 * len(report))
+    for axis, (title, columns) in zip(drawn.subplots(1, 2, sharey=True), parts.items(), strict=True):
         totals = report.select(pl.sum_horizontal(columns).alias("total"))["total"]
         left = [0.0] * len(report)
         for column in columns:
@@ -161,11 +158,10 @@ def plot(report: pl.DataFrame) -> bytes:
                 report["source"].to_list(), share, left=left, label=column.removeprefix("prompts_").replace("_", " ")
             )
             left = [a + b for a, b in zip(left, share, strict=True)]
-        axis.set_xlabel(f"% of {title}")
+        axis.set_xlabel(f"% of {title}", fontsize=8)
         axis.set_xlim(0, 100)
-        axis.legend(fontsize=6, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
+        axis.tick_params(labelsize=8)
+        axis.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
     # The axes share it, so it is turned once.
-    figure.axes[0].invert_yaxis()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=90)
-    return buffer.getvalue()
+    drawn.axes[0].invert_yaxis()
+    return plots.png(drawn)

@@ -10,7 +10,6 @@ Belongs here: numbers and pictures of finished scores. Does not belong here: sco
 from __future__ import annotations
 
 import functools
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from pipelines import catalogue, schemas
+from pipelines import catalogue, plots, schemas
 from pipelines.config import Config
 from pipelines.scoring import batches, precision
 from pipelines.scoring.differences import correlation, standard_deviation
@@ -369,8 +368,7 @@ def _two(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-PIXELS_WIDE = 1100
-_PANELS_IN_A_ROW = 5
+_PANELS_IN_A_ROW = 3
 
 
 def picture(store: Store) -> bytes:
@@ -384,9 +382,10 @@ def picture(store: Store) -> bytes:
 
 def plot(report: pl.DataFrame, correlations: pl.DataFrame) -> bytes:
     """Return the picture of these tables."""
-    from matplotlib.figure import Figure
-    from PIL import Image
-
+    drawn = plots.figure(2.0)
+    if report.is_empty():
+        plots.say(drawn.subplots(), "no scorers")
+        return plots.png(drawn)
     scorers = report["scorer"].unique(maintain_order=True).to_list()
     sources = report["source"].unique(maintain_order=True).to_list()
     if len(sources) == 2:
@@ -396,8 +395,8 @@ def plot(report: pl.DataFrame, correlations: pl.DataFrame) -> bytes:
     wide = min(_PANELS_IN_A_ROW, len(scorers))
     deep = -(-len(scorers) // wide)
     top = max(2.6, 0.9 + 0.2 * len(scorers) * len(sources))
-    figure = Figure(figsize=(PIXELS_WIDE / 100, top + 2.1 * deep), dpi=100, layout="constrained")
-    upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=[top, 2.1 * deep])[:, 0]
+    drawn.set_figheight(top + 1.7 * deep)
+    upper, lower = drawn.subfigures(2, 1, squeeze=False, height_ratios=[top, 1.7 * deep])[:, 0]
     bars, heat = upper.subplots(1, 2, width_ratios=[1.25, 1])
     _plot_accuracy(bars, report, scorers, sources, colours)
     if len(scorers) > 1:
@@ -411,12 +410,7 @@ def plot(report: pl.DataFrame, correlations: pl.DataFrame) -> bytes:
         axis.set_ylabel("% of scores", fontsize=8)
     for axis in panels[len(scorers) :]:
         axis.set_axis_off()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    # Few colours: a palette makes the file a third as large.
-    small = io.BytesIO()
-    Image.open(buffer).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
-    return small.getvalue()
+    return plots.png(drawn)
 
 
 def _plot_accuracy(
@@ -442,10 +436,11 @@ def _plot_accuracy(
     axis.set_yticks(range(len(scorers)), scorers)
     axis.invert_yaxis()
     axis.set_xlim(0, 100)
-    axis.set_xlabel("% of decided human votes, equal scores half, 95 % interval by prompt", fontsize=8)
+    axis.set_xlabel("% of decided human votes, equal scores half;\n95 % interval by prompt", fontsize=8)
     axis.set_title("accuracy", fontsize=9)
     axis.tick_params(labelsize=8)
-    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    # Behind the bars there is room: nobody is right about all votes.
+    axis.legend(fontsize=7, loc="lower right", frameon=False)
 
 
 def _plot_likeness(axis: Axes, correlations: pl.DataFrame, scorers: list[str]) -> None:
@@ -456,19 +451,17 @@ def _plot_likeness(axis: Axes, correlations: pl.DataFrame, scorers: list[str]) -
         a, b = sorted((at[r["scorer_a"]], at[r["scorer_b"]]))
         if r["pearson_d"] is not None:
             shown[b, a] = r["pearson_d"]
-            axis.text(a, b, f"{r['pearson_d']:.2f}", ha="center", va="center", fontsize=9)
+            axis.text(a, b, f"{r['pearson_d']:.2f}", ha="center", va="center", fontsize=8)
         if r["agreement"] is not None:
             # A share of equal choices of a half is what chance gives: the colour of no correlation.
             shown[a, b] = 2 * r["agreement"] - 1
-            axis.text(b, a, f"{100 * r['agreement']:.0f} %", ha="center", va="center", fontsize=9)
+            axis.text(b, a, f"{100 * r['agreement']:.0f} %", ha="center", va="center", fontsize=8)
     axis.set_facecolor("0.93")
     # The strongest colours are left out, so that black numbers stay readable.
     axis.imshow(shown, cmap="RdBu", vmin=-1.5, vmax=1.5, aspect="auto")
-    axis.set_xticks(range(len(scorers)), scorers, fontsize=8)
-    axis.set_yticks(range(len(scorers)), scorers, fontsize=8)
-    axis.set_title(
-        "how alike: correlation of differences (lower left),\nshare of equal choices (upper right)", fontsize=9
-    )
+    axis.set_xticks(range(len(scorers)), scorers, fontsize=7, rotation=30, ha="right")
+    axis.set_yticks(range(len(scorers)), scorers, fontsize=7)
+    axis.set_title("correlation of differences (below),\nshare of equal choices (above)", fontsize=9)
 
 
 def _plot_scores(axis: Axes, rows: pl.DataFrame, scorer: str, colours: dict[str, str]) -> None:

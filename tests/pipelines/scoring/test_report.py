@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from scipy.stats import spearmanr
 
-from pipelines import catalogue, identity, ingest, schemas, steps
+from pipelines import catalogue, identity, ingest, plots, schemas, steps
 from pipelines.config import ScorerConfig, SourceConfig
 from pipelines.scoring import batches, report
 from pipelines.tables import Store, StoreError
@@ -297,7 +297,7 @@ def test_the_picture_is_small_wide_and_shows_the_numbers(small):
     assert len(png) < 50_000
     image = Image.open(io.BytesIO(png))
     assert image.format == "PNG"
-    assert image.width == report.PIXELS_WIDE
+    assert image.width == plots.PIXELS_WIDE
     table, correlations = store.read(schemas.SCORER_REPORT), store.read(schemas.SCORER_CORRELATION)
     for other in (
         (table.with_columns(accuracy=pl.lit(0.9), accuracy_high=pl.lit(0.9)), correlations),
