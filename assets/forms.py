@@ -1,7 +1,8 @@
 """The launchpad's forms: what people vary from run to run.
 
 What a table is made from is said by the configuration alone, or for one run by the resource `polyphony` (`resources`), so
-that all steps of a run agree on it. Belongs here: options that change how much is done, not what it means. Does not belong here: the configuration.
+that all steps of a run agree on it.
+Belongs here: options that change how much is done, not what it means. Does not belong here: the configuration.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class ScoringOptions(ShardOptions):
         default=0, ge=0, description="Pictures per forward, instead of each scorer's own; 0: as configured."
     )
     workers: int = Field(
-        default=-1, ge=-1, description="Processes that score, instead of scoring.workers; 0: one per GPU; -1: as configured."
+        default=-1,
+        ge=-1,
+        description="Processes that score, instead of scoring.workers; 0: one per GPU; -1: as configured.",
     )
 
 

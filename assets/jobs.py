@@ -5,7 +5,6 @@ from __future__ import annotations
 import dagster as dg
 
 from assets.ingest import CATALOGUE_TABLES, RAW, SHARD_TABLES
-from assets.partitions import SHARDS
 
 PREPARE, INGEST, RESCORE, RELABEL = "prepare", "ingest", "rescore", "relabel"
 TRAIN, EVALUATE, EVERYTHING = "train", "evaluate", "everything"
@@ -25,8 +24,8 @@ def build_jobs() -> list[dg.UnresolvedAssetJobDefinition]:
     latents = dg.AssetSelection.assets("latents")
     return [
         _job(PREPARE, dg.AssetSelection.assets(RAW), "Write the small world, and register the sources' shards."),
-        _job(INGEST, ingest, "Ingest a range of shards, and catalogue what is ingested.", by_shard=True),
-        _job(RESCORE, scores, "Score a range of shards; what is scored already is skipped.", by_shard=True),
+        _job(INGEST, ingest, "Ingest a range of shards, and catalogue what is ingested."),
+        _job(RESCORE, scores, "Score a range of shards; what is scored already is skipped."),
         _job(
             RELABEL,
             (groups("scores") - scores) | groups("labels", "store"),
@@ -43,19 +42,17 @@ def build_jobs() -> list[dg.UnresolvedAssetJobDefinition]:
             EVERYTHING,
             everything - dg.AssetSelection.assets(RAW),
             "Ingest, score, label, train and evaluate over a range of shards.",
-            by_shard=True,
             is_short=False,
         ),
     ]
 
 
 def _job(
-    name: str, selection: dg.AssetSelection, description: str, *, by_shard: bool = False, is_short: bool = True
+    name: str, selection: dg.AssetSelection, description: str, *, is_short: bool = True
 ) -> dg.UnresolvedAssetJobDefinition:
     return dg.define_asset_job(
         name,
         selection=selection,
         description=description,
-        partitions_def=SHARDS if by_shard else None,
         executor_def=dg.in_process_executor if is_short else None,
     )

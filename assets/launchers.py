@@ -1,101 +1,321 @@
-"""Training as an external process: streamed, and gone when its parent is gone.
+"""Scoring and training as external processes: streamed, repeated if killed, and gone when their run is gone.
 
-Linux: the child gets SIGTERM when the launching thread's process dies (PR_SET_PDEATHSIG) and its process group is ended
-on interrupt. Elsewhere the process group alone. Belongs here: processes. Does not belong here: what they compute.
+`ProcessClient` is a Pipes client for `python -m MODULE` on this machine. Beside every process that it starts stands a
+supervisor, which ends the process and all that it has started when the run is terminated, when the step worker is killed,
+and when a Dagster process above that one is killed: the run worker, the code server, the daemon, `dg dev`. Dagster's own
+processes outlive each other in all these cases. Linux; elsewhere a process group is ended when the launcher asks or dies.
+
+Belongs here: the step's side of a process. Does not belong here: what it computes, and its tree (`supervisor`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import json
+import multiprocessing
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
+import time
+import uuid
+import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import psutil
 
+from assets import gpus, supervisor
+from pipelines.config import CONFIG_VARIABLE, Config
+
+# Dagster warns of a detail of its own that every Pipes session touches.
+warnings.filterwarnings("ignore", category=dg.PreviewWarning, message=".*expected_writer_count.*")
+
 TAIL_LINES = 30
-GRACE_SECONDS = 5.0
-_PR_SET_PDEATHSIG = 1
+POLL_SECONDS = 0.1
+KILLED_IS_REPEATED = dg.RetryPolicy(max_retries=1)
+"""For assets that start processes, beside `only_kills_are_repeated`: the step whose worker was killed runs once more."""
+_MARK = "POLYPHONY_LAUNCH"
+"""In the environment of a process and of all that it starts: what is left of it can be found without its supervisor."""
+_DAGSTERS = re.compile(r"(dagster|dg)([-_.].*)?")
+_DAEMONS = ("dagster-daemon", "dagster._daemon")
+_KILLED_RANK = re.compile(r"Signal (\d+) \(SIG\w+\) received by PID \d+")
+"""How torchrun, which ends with status 1 itself, tells of a rank that was killed."""
 
 
-def _die_with(parent: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            # The parent died before the call; nobody will ever send the signal.
-            os._exit(1)
+class DagsterExecutionInterruptedError(dg.DagsterExecutionInterruptedError, dg.DagsterError):
+    """An interrupt that no retry policy takes for a failure.
+
+    An asset's retry policy repeats an interrupted step, so that a terminated run in one process would begin it anew;
+    Dagster's own errors pass by the policy. The multiprocess executor knows an interrupt by the name of its class.
+    """
 
 
-def run_module(
-    module: str,
-    arguments: list[str],
-    *,
-    log_file: Path,
-    on_line: Callable[[str], None],
-    on_metrics: Callable[[dict[str, Any]], None],
-    environment: dict[str, str] | None = None,
-) -> None:
-    """Run `python -m module arguments`, passing on its lines as they come; JSON lines go to `on_metrics`.
+@contextlib.contextmanager
+def only_kills_are_repeated() -> Iterator[None]:
+    """Keep a retry policy from repeating what would fail again: it is for killed workers and processes.
 
     Raises:
-        dagster.Failure: it exits with another status than 0; the message holds the log's tail.
+        dagster.Failure: what was raised within, not to be repeated.
     """
-    log_file.parent.mkdir(parents=True, exist_ok=True)
-    tail: deque[str] = deque(maxlen=TAIL_LINES)
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-m", module, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-        preexec_fn=functools.partial(_die_with, os.getpid()),
-        env={**os.environ, **(environment or {})},
-    )
-    assert process.stdout is not None
     try:
-        with log_file.open("a") as log:
-            for line in process.stdout:
-                line = line.rstrip()
-                log.write(line + "\n")
-                log.flush()
-                tail.append(line)
-                if line.startswith("{"):
-                    with contextlib.suppress(json.JSONDecodeError):
-                        on_metrics(json.loads(line))
-                elif line:
-                    on_line(line)
-        status = process.wait()
-    except BaseException:
-        end_tree(process.pid)
+        yield
+    except (dg.RetryRequested, dg.Failure, DagsterExecutionInterruptedError):
         raise
-    if status != 0:
-        raise dg.Failure(
-            f"`{module} {' '.join(arguments)}` ended with status {status}; log {log_file}; its tail:\n"
-            + "\n".join(tail)
+    except (dg.DagsterExecutionInterruptedError, KeyboardInterrupt) as error:
+        raise DagsterExecutionInterruptedError(str(error) or "interrupted") from error
+    except Exception as error:
+        raise dg.Failure(f"{type(error).__name__}: {error}", allow_retries=False) from error
+
+
+class ProcessClient(dg.PipesClient):
+    """Runs modules as processes of this machine for a step."""
+
+    def run(  # type: ignore[override]
+        self,
+        *,
+        context: dg.AssetExecutionContext | dg.OpExecutionContext,
+        module: str,
+        log_file: Path,
+        arguments: Sequence[str] = (),
+        extras: dict[str, Any] | None = None,
+        config: Config | None = None,
+        environment: Mapping[str, str] | None = None,
+        on_message: Callable[[Any], None] = lambda message: None,
+        device: str = "cpu",
+        processes: int = 1,
+    ) -> dg.PipesClientCompletedInvocation:
+        """Run `python -m module arguments` to its end, passing on its lines and messages as they come.
+
+        Args:
+            log_file: what it prints is appended here, and shown in the step's log.
+            config: what the process finds in $POLYPHONY_CONFIG, written to <home>/launches/<run>/<step>.json.
+            on_message: called with each custom Pipes message.
+            device: where it computes; GPUs are leased for it (`gpus.lease`) and it sees no others.
+            processes: that compute, one GPU each; 0: one per GPU.
+
+        Raises:
+            dagster.Failure: it has ended with another status than 0; the message holds its log's tail.
+            dagster.RetryRequested: it, or one of its ranks, was killed by somebody else; once per step.
+            DagsterExecutionInterruptedError: the step was interrupted, or a Dagster process above it is gone.
+        """
+        step = step_name(context)
+        given = dict(environment or {})
+        if config is not None:
+            given[CONFIG_VARIABLE] = str(_write_config(config, context.run.run_id, step))
+        if not supervisor.IS_LINUX:
+            context.log.info(
+                f"{sys.platform}: only the process group of {module} is ended with this step, not what leaves the group, "
+                f"and not when a Dagster process above this one is killed"
+            )
+        with (
+            gpus.lease(
+                device, processes, holder=f"(run {context.run.run_id}, step {step})", progress=context.log.info
+            ) as found,
+            dg.open_pipes_session(
+                context, dg.PipesTempFileContextInjector(), dg.PipesTempFileMessageReader(), extras=extras
+            ) as session,
+        ):
+            if found.gpus:
+                context.log.info(f"GPUs of this step: {', '.join(found.gpus)}")
+            seen = 0
+            with _Process(
+                [sys.executable, "-u", "-m", module, *arguments],
+                {**os.environ, **given, **found.environment, **session.get_bootstrap_env_vars()},
+                log_file,
+                found.descriptors,
+            ) as process:
+                while True:
+                    # Asked first, so that what it said before its end is not missed.
+                    has_ended = process.has_ended()
+                    for line in process.lines():
+                        context.log.info(line)
+                    messages = session.get_custom_messages()[seen:]
+                    seen += len(messages)
+                    for message in messages:
+                        on_message(message)
+                    if has_ended:
+                        break
+                    time.sleep(POLL_SECONDS)
+        # The reader of messages has read to the end when the session is closed.
+        for message in session.get_custom_messages()[seen:]:
+            on_message(message)
+        process.check(f"{module} {' '.join(arguments)}".strip())
+        return dg.PipesClientCompletedInvocation(session)
+
+
+def step_name(context: dg.AssetExecutionContext | dg.OpExecutionContext) -> str:
+    """Return the step's key as a file name."""
+    op = context.op_execution_context if isinstance(context, dg.AssetExecutionContext) else context
+    return re.sub(r"[^\w.-]", "_", op.get_step_execution_context().step.key)
+
+
+def launch_folder(config: Config, run_id: str) -> Path:
+    """Return where the files lie that a run's processes are given."""
+    folder = Path(config.home) / "launches" / run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _write_config(config: Config, run_id: str, step: str) -> Path:
+    file = launch_folder(config, run_id) / f"{step}.json"
+    file.write_text(config.model_dump_json(indent=1))
+    return file.resolve()
+
+
+class _Process:
+    """A supervised process and its log."""
+
+    def __init__(
+        self, command: Sequence[str], environment: dict[str, str], log_file: Path, keep: Sequence[int]
+    ) -> None:
+        self._log_file, self._mark = log_file, uuid.uuid4().hex
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        self._tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self._unfinished = b""
+        self._ours, theirs = socket.socketpair()
+        try:
+            with theirs, log_file.open("ab") as log:
+                self._log = log_file.open("rb")
+                self._log.seek(0, os.SEEK_END)
+                options = {"socket": theirs.fileno(), "watch": watched(), "keep": list(keep)}
+                self._supervisor = subprocess.Popen(
+                    [sys.executable, "-I", "-S", supervisor.__file__, json.dumps(options), *command],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=[theirs.fileno(), *keep],
+                    start_new_session=True,
+                    env={**environment, _MARK: self._mark},
+                )
+        except BaseException:
+            # An interrupt may come when the process runs already: this ends it.
+            self._ours.close()
+            raise
+
+    def __enter__(self) -> _Process:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """End everything that still runs."""
+        try:
+            if self._supervisor.poll() is None:
+                self._supervisor.terminate()
+                self._supervisor.wait(3 * supervisor.GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._supervisor.kill()
+            self._supervisor.wait()
+        finally:
+            self._end = self._last_words()
+            if self._end is None:
+                # Somebody has killed the supervisor, or asks a second time for an end.
+                self._kill_marked()
+            self._ours.close()
+            self._log.close()
+
+    def has_ended(self) -> bool:
+        """Return whether it has, and all that it has started with it."""
+        return self._supervisor.poll() is not None
+
+    def lines(self) -> Iterator[str]:
+        """Yield what was printed since the last call, line by line, but for empty lines."""
+        *complete, rest = (self._unfinished + self._log.read()).split(b"\n")
+        if self.has_ended():
+            complete, rest = [*complete, rest], b""
+        self._unfinished = rest
+        for raw in complete:
+            line = raw.decode(errors="replace").rstrip()
+            if line:
+                self._tail.append(line)
+                yield line
+
+    def check(self, what: str) -> None:
+        """Raise unless it has ended well; see `ProcessClient.run`."""
+        status = self._supervisor.returncode
+        if self._end is not None and self._end["why"] is not None:
+            raise DagsterExecutionInterruptedError(f"`{what}` was ended: {self._end['why']}; log {self._log_file}")
+        if status == 0:
+            return
+        killed = [int(n) for n in _KILLED_RANK.findall("\n".join(self._tail))] if status > 0 else [-status]
+        how = f"was killed by {signal.Signals(killed[0]).name}" if killed else f"ended with status {status}"
+        failure = dg.Failure(
+            f"`{what}` {how}; log {self._log_file}; its tail:\n" + "\n".join(self._tail),
+            metadata={"log": dg.MetadataValue.path(str(self._log_file.resolve())), "status": status},
+            allow_retries=False,
         )
+        if killed:
+            raise dg.RetryRequested(max_retries=KILLED_IS_REPEATED.max_retries) from failure
+        raise failure
+
+    def _last_words(self) -> dict[str, Any] | None:
+        """Return what the supervisor said at its end, None if it could not say anything."""
+        self._ours.setblocking(False)
+        with contextlib.suppress(BlockingIOError, ConnectionError):
+            said = self._ours.recv(65536)
+            return json.loads(said) if said else None
+        return None
+
+    def _kill_marked(self) -> None:
+        """Kill what carries this process's mark, until a look finds nothing that ends of it."""
+        while True:
+            found = [p for p in psutil.process_iter() if _carries(p, self._mark)]
+            for process in found:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            if not psutil.wait_procs(found, timeout=supervisor.GRACE_SECONDS)[0]:
+                return
 
 
-def end_tree(pid: int) -> None:
-    """End a process and all its descendants: SIGTERM, a grace time, SIGKILL."""
+def _carries(process: psutil.Process, mark: str) -> bool:
     try:
-        parent = psutil.Process(pid)
-        tree = [parent, *parent.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return
-    for process in tree:
+        return process.status() != psutil.STATUS_ZOMBIE and process.environ().get(_MARK) == mark
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False
+
+
+def watched() -> list[tuple[int, int]]:
+    """Return (id, start) of the processes without which what is started here is an orphan; on Linux.
+
+    This one; its ancestors up to the highest one that is Dagster's by its command line (a code server, `dagster-daemon`,
+    `dg dev`), or that started a worker of multiprocessing; the daemons that these have started. Not watched: shells,
+    service managers and test runners above them.
+    """
+    if not supervisor.IS_LINUX:
+        return []
+    chain = [psutil.Process(), *psutil.Process().parents()]
+    last = 0
+    for i, process in enumerate(chain[1:], 1):
+        below = chain[i - 1]
+        if _is_dagsters(process) or _is_worker(below) or (i == 1 and multiprocessing.parent_process() is not None):
+            last = i
+    needed = [p for p in chain[: last + 1] if p.pid != 1]
+    for process in needed[1:]:
         with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
-    _, alive = psutil.wait_procs(tree, timeout=GRACE_SECONDS)
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+            needed += [p for p in process.children() if _is_daemon(p) and p not in needed]
+    starts = [(p.pid, found.started) for p in needed if (found := supervisor.stat(p.pid)) is not None]
+    return list(dict.fromkeys(starts))
+
+
+def _words(process: psutil.Process) -> list[str]:
+    """Return the interpreter, its options and the program's name; code after -c may be long."""
+    try:
+        return [Path(word).name for word in process.cmdline()[:4]]
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return []
+
+
+def _is_dagsters(process: psutil.Process) -> bool:
+    return any(_DAGSTERS.fullmatch(word) for word in _words(process))
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    return any("multiprocessing" in word for word in _words(process))
+
+
+def _is_daemon(process: psutil.Process) -> bool:
+    return any(word in _DAEMONS for word in _words(process))

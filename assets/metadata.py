@@ -86,7 +86,9 @@ def picture(png: bytes, name: str) -> dg.MarkdownMetadataValue:
 def page(store: Store, config: Config, name: str) -> dg.MetadataValue:
     """Return a page of pairs as a link where somebody serves them (automation.pages_url), else as its path."""
     base = config.automation.pages_url
-    return dg.MetadataValue.url(f"{base.rstrip('/')}/{name}") if base else dg.MetadataValue.path(store.path("pairs", name))
+    return (
+        dg.MetadataValue.url(f"{base.rstrip('/')}/{name}") if base else dg.MetadataValue.path(store.path("pairs", name))
+    )
 
 
 def numbers(values: Mapping[str, float | int | None]) -> dict[str, dg.MetadataValue]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 import dagster as dg
 from pydantic import Field
 
+from assets import gpus
 from pipelines import config as configuration
 from pipelines import ingest
 from pipelines.config import Config
@@ -57,6 +61,13 @@ class Polyphony(dg.ConfigurableResource):
         chosen = {"steps": self.training_steps, "batch_size": self.training_batch_size}
         training = {name: value for name, value in chosen.items() if value}
         return configuration.changed(config, labels=labels, training=training)
+
+    @contextlib.contextmanager
+    def on_device(self, part: Literal["scoring", "training"], progress: Callable[[str], None]) -> Iterator[Config]:
+        """Take a device for a step that computes in this process; yield the configuration that names it."""
+        config = self.config
+        with gpus.lease(getattr(config, part).device, progress=progress) as lease:
+            yield configuration.changed(config, **{part: {"device": lease.device}})
 
     @property
     def store(self) -> Store:

@@ -1,14 +1,18 @@
 """What the active scores look like, how right they are and how alike; what bfloat16 costs where it is configured."""
 
+import contextlib
 from collections.abc import Iterator
 
 import dagster as dg
 import polars as pl
 
+from assets import checks
 from assets import metadata as meta
+from assets.gpus import POOL
 from assets.ingest import CATALOGUE_TABLES
 from assets.resources import Polyphony
 from assets.scores import score_key
+from assets.specs import Specs, check_specs
 from pipelines import catalogue, schemas
 from pipelines.config import Config
 from pipelines.scoring import devices, precision, report
@@ -18,51 +22,60 @@ _TABLES = (schemas.SCORER_REPORT, schemas.SCORER_CORRELATION)
 
 def build_scorer_report(config: Config) -> list[dg.AssetsDefinition]:
     """Return the assets that report on the configured scorers."""
-    scores = [score_key(s.name) for s in config.scorers]
-    return [_precision(), _report(scores)]
+    specs = Specs(config)
+    return [_precision(specs), _report(specs)]
 
 
-def _precision() -> dg.AssetsDefinition:
+def _precision(specs: Specs) -> dg.AssetsDefinition:
+    table = schemas.SCORER_PRECISION
+
     @dg.asset(
         deps=["votes", "images", *(t.name for t in CATALOGUE_TABLES)],
-        group_name="scores",
-        kinds={"torch", "parquet"},
-        description=f"One row per {schemas.SCORER_PRECISION.row}: those that are configured in bfloat16.",
-        code_version=precision.CODE_VERSION,
-        pool="gpu",
-        metadata=meta.spec_metadata(schemas.SCORER_PRECISION),
+        pool=POOL,
+        check_specs=check_specs("scorer_precision", table),
+        **specs.table(
+            table,
+            "scores",
+            kinds=("torch", "parquet"),
+            code_version=precision.CODE_VERSION,
+            description=f"One row per {table.row}: those that are configured in bfloat16.",
+            device="gpu",
+        ),
     )
     def scorer_precision(context: dg.AssetExecutionContext, polyphony: Polyphony) -> dg.MaterializeResult:
         config, store = polyphony.config, polyphony.store
-        done, flips = [], {}
-        for scorer in precision.configured(config):
-            device = devices.resolve_device(config.scoring.device)
-            done.append(precision.measure(store, scorer, device, progress=context.log.info))
-            row = store.read(schemas.SCORER_PRECISION, done[-1].manifest.partition).row(0, named=True)
-            flips[f"share_flipped_{scorer.name}"] = row["share_flipped"]
-            context.log.info(precision.text(row))
+        done, flips, measured = [], {}, precision.configured(config)
+        with contextlib.ExitStack() as held:
+            if measured:
+                config = held.enter_context(polyphony.on_device("scoring", context.log.info))
+            for scorer in measured:
+                device = devices.resolve_device(config.scoring.device)
+                done.append(precision.measure(store, scorer, device, progress=context.log.info))
+                row = store.read(table, done[-1].manifest.partition).row(0, named=True)
+                flips[f"share_flipped_{scorer.name}"] = row["share_flipped"]
+                context.log.info(precision.text(row))
         return dg.MaterializeResult(
-            metadata={**meta.of_builts(store, schemas.SCORER_PRECISION, done), **meta.numbers(flips)}
+            metadata={**meta.of_builts(store, table, done), **meta.numbers(flips)},
+            check_results=checks.results(store, config, "scorer_precision", table, done),
         )
 
     return scorer_precision
 
 
-def _report(scores: list[dg.AssetKey]) -> dg.AssetsDefinition:
+def _report(specs: Specs) -> dg.AssetsDefinition:
+    scores = [score_key(name) for name in specs.scorers]
+
     @dg.multi_asset(
         name="scorer_report",
         specs=[
             dg.AssetSpec(
                 t.name,
                 deps=["votes", *(c.name for c in CATALOGUE_TABLES), *scores, "active_scores", "scorer_precision"],
-                group_name="scores",
-                kinds={"polars", "parquet"},
-                description=f"One row per {t.row}.",
-                code_version=report.CODE_VERSION,
-                metadata=meta.spec_metadata(t),
+                **specs.table(t, "scores", code_version=report.CODE_VERSION),
             )
             for t in _TABLES
         ],
+        check_specs=[c for t in _TABLES for c in check_specs(t.name, t)],
     )
     def scorer_report(context: dg.AssetExecutionContext, polyphony: Polyphony) -> Iterator[dg.MaterializeResult]:
         config, store = polyphony.config, polyphony.store
@@ -77,6 +90,10 @@ def _report(scores: list[dg.AssetKey]) -> dg.AssetsDefinition:
         }
         for t in _TABLES:
             more = shown if t is schemas.SCORER_REPORT else {}
-            yield dg.MaterializeResult(asset_key=t.name, metadata={**meta.of_builts(store, t, [built[t.name]]), **more})
+            yield dg.MaterializeResult(
+                asset_key=t.name,
+                metadata={**meta.of_builts(store, t, [built[t.name]]), **more},
+                check_results=checks.results(store, config, t.name, t, [built[t.name]]),
+            )
 
     return scorer_report

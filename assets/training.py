@@ -1,21 +1,31 @@
-"""One asset per recipe, trained in a process of its own."""
+"""One asset per recipe, trained in a process of its own.
 
+Belongs here: what Dagster sees of training. Does not belong here: training, and the process (`launchers`).
+"""
+
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import polars as pl
 
+from assets import gpus
 from assets import metadata as meta
-from assets.launchers import run_module
+from assets.launchers import KILLED_IS_REPEATED, ProcessClient, only_kills_are_repeated
 from assets.resources import Polyphony
 from pipelines import schemas
-from pipelines.config import CONFIG_VARIABLE, Config
+from pipelines.config import Config
 from pipelines.tables import Built, Store
 from trainers.recipes import Inversion, Recipe, recipes_in_order
 
+if TYPE_CHECKING:
+    from trainers.loop import Trained
+
 OBSERVE_EVERY_STEPS = 5
+STEP_OBSERVATIONS, VALIDATION_OBSERVATIONS = 400, 100
+"""Per run at most, beside the last ones: each is an event in Dagster's log."""
 _LABELS = {
     "consensus": "consensus",
     "smoothed": "smoothed",
@@ -35,14 +45,15 @@ def trained_key(recipe: str) -> dg.AssetKey:
 def build_training(config: Config) -> list[dg.AssetsDefinition]:
     """Return one asset per configured recipe, and per recipe that one starts from; with their trajectories."""
     recipes = recipes_in_order(config.training.recipes)
-    return [*(_trajectories(r) for r in recipes if _has_trajectories(r)), *map(_trained, recipes)]
+    pool = gpus.pool(config.training.device, config.training.processes)
+    return [*(_trajectories(r, pool) for r in recipes if _has_trajectories(r)), *(_trained(r, pool) for r in recipes)]
 
 
 def _has_trajectories(recipe: Recipe) -> bool:
     return isinstance(recipe.noising, Inversion) and recipe.noising.is_cached
 
 
-def _trajectories(recipe: Recipe) -> dg.AssetsDefinition:
+def _trajectories(recipe: Recipe, pool: str) -> dg.AssetsDefinition:
     key = dg.AssetKey(["trajectories", recipe.name])
 
     @dg.asset(
@@ -52,39 +63,43 @@ def _trajectories(recipe: Recipe) -> dg.AssetsDefinition:
         kinds={"torch", "parquet"},
         description=f"The inverted latents that {recipe.name} trains on; what another run has made already is reused.",
         code_version="1",
-        pool="gpu",
+        pool=pool,
+        retry_policy=KILLED_IS_REPEATED,
         metadata=meta.spec_metadata(schemas.TRAJECTORIES),
     )
     def trajectories(context: dg.AssetExecutionContext, polyphony: Polyphony) -> dg.MaterializeResult:
         from trainers.steps import Training
 
-        store = polyphony.store
-        run = Training(store, polyphony.config, context.log.info).run(recipe.name)
-        assert run.trajectories is not None
-        before = {m.partition for m in store.manifests("trajectories", run.trajectories)}
-        if run.finished() is None:
-            _run_trainer(context, polyphony, "trajectories", recipe.name, run.folder / "trajectories.log")
-        made = [Built(m, m.partition in before) for m in store.manifests("trajectories", run.trajectories)]
-        return dg.MaterializeResult(metadata=meta.of_builts(store, schemas.TRAJECTORIES, made))
+        with only_kills_are_repeated():
+            config, store = polyphony.config, polyphony.store
+            run = Training(store, config, context.log.info).run(recipe.name)
+            assert run.trajectories is not None
+            before = {m.partition for m in store.manifests("trajectories", run.trajectories)}
+            if run.finished() is None:
+                _run_trainer(context, config, "trajectories", recipe.name, run.folder / "trajectories.log")
+            made = [Built(m, m.partition in before) for m in store.manifests("trajectories", run.trajectories)]
+            return dg.MaterializeResult(metadata=meta.of_builts(store, schemas.TRAJECTORIES, made))
 
     return trajectories
 
 
 def _run_trainer(
     context: dg.AssetExecutionContext,
-    polyphony: Polyphony,
+    config: Config,
     what: str,
     recipe: str,
     log_file: Path,
-    on_metrics: Callable[[dict[str, Any]], None] = lambda row: None,
+    on_message: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> None:
-    run_module(
-        "trainers.train",
-        [what, "--recipe", recipe, "--json"],
+    ProcessClient().run(
+        context=context,
+        module="trainers.train",
+        arguments=[what, "--recipe", recipe],
+        config=config,
         log_file=log_file,
-        on_line=context.log.info,
-        on_metrics=on_metrics,
-        environment={CONFIG_VARIABLE: polyphony.config_file} if polyphony.config_file else None,
+        on_message=on_message,
+        device=config.training.device,
+        processes=config.training.processes,
     )
 
 
@@ -95,7 +110,7 @@ def _dependencies(recipe: Recipe) -> list[dg.AssetKey]:
     return [*map(dg.AssetKey, names), *([trained_key(recipe.start)] if recipe.start else [])]
 
 
-def _trained(recipe: Recipe) -> dg.AssetsDefinition:
+def _trained(recipe: Recipe, pool: str) -> dg.AssetsDefinition:
     key = trained_key(recipe.name)
 
     @dg.asset(
@@ -108,55 +123,72 @@ def _trained(recipe: Recipe) -> dg.AssetsDefinition:
         kinds={"torch", "diffusers"},
         description=f"Model tuned by {recipe.name}: {recipe.summary}.",
         code_version="1",
-        pool="gpu",
+        pool=pool,
+        retry_policy=KILLED_IS_REPEATED,
         metadata=meta.spec_metadata(schemas.TRAINING_METRICS),
     )
     def trained(context: dg.AssetExecutionContext, polyphony: Polyphony) -> dg.MaterializeResult:
-        from trainers import report
         from trainers.steps import Training
 
-        config, store = polyphony.config, polyphony.store
-
-        def observe(row: dict[str, Any]) -> None:
-            if "validation" in row:
-                found = {f"validation_{k}": v for k, v in row["validation"].items()}
-                context.log_event(dg.AssetObservation(key, metadata={"step": row["step"], **meta.numbers(found)}))
-            elif row["step"] % OBSERVE_EVERY_STEPS == 0 or row["step"] == row["of"]:
-                numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k not in ("step", "of")}
-                context.log_event(dg.AssetObservation(key, metadata={"step": row["step"], **meta.numbers(numbers)}))
-                accuracy = row["implicit_accuracy"]
-                context.log.info(
-                    f"step {row['step']}/{row['of']}: loss {row['loss']:.4f}"
-                    + (f", implicit accuracy {accuracy:.2f}" if accuracy is not None else "")
-                    + f", {row['pairs_per_second']:.0f} pairs/s"
+        with only_kills_are_repeated():
+            config, store = polyphony.config, polyphony.store
+            run = Training(store, config, context.log.info).run(recipe.name)
+            existing = run.finished()
+            if existing is None:
+                _run_trainer(context, config, "train", recipe.name, run.folder / "log.txt", _observer(context, key))
+            else:
+                context.log.info("unchanged, nothing to train")
+            finished = existing or run.finished()
+            if finished is None:
+                raise dg.Failure(
+                    f"{recipe.name}: the trainer ended without committing its model; see {run.folder / 'log.txt'}",
+                    allow_retries=False,
                 )
-
-        run = Training(store, config, context.log.info).run(recipe.name)
-        existing = run.finished()
-        if existing is None:
-            _run_trainer(context, polyphony, "train", recipe.name, run.folder / "log.txt", observe)
-        else:
-            context.log.info("unchanged, nothing to train")
-        finished = existing or run.finished()
-        if finished is None:
-            raise dg.Failure(
-                f"{recipe.name}: the trainer ended without committing its model; see {run.folder / 'log.txt'}"
-            )
-        metrics = store.read(schemas.TRAINING_METRICS, recipe.name)
-        last = metrics.tail(max(1, len(metrics) // 4))
-        return dg.MaterializeResult(
-            metadata={
-                **meta.of_builts(store, schemas.TRAINING_METRICS, [finished.metrics]),
-                **meta.numbers(_known(last.select("loss", "implicit_accuracy", "pairs_per_second").mean())),
-                **meta.numbers(_last_validation(store, recipe.name)),
-                "model": dg.MetadataValue.path(str(finished.model)),
-                "pairs": finished.metrics.manifest.extra["pairs"],
-                "curves": meta.picture(report.training_plot(metrics, recipe.name), "curves"),
-                meta.REUSED: dg.MetadataValue.bool(existing is not None),
-            }
-        )
+            return dg.MaterializeResult(metadata=_metadata(store, recipe.name, finished, existing is not None))
 
     return trained
+
+
+def _observer(context: dg.AssetExecutionContext, key: dg.AssetKey) -> Callable[[dict[str, Any]], None]:
+    """Return what takes the trainer's rows and shows some of them on the asset's plots, and in the log."""
+    last_validation = 0
+
+    def observe(row: dict[str, Any]) -> None:
+        nonlocal last_validation
+        step, of = row["step"], row["of"]
+        if "validation" in row:
+            if step != of and step - last_validation < of / VALIDATION_OBSERVATIONS:
+                return
+            last_validation = step
+            found = {f"validation_{k}": v for k, v in row["validation"].items()}
+            context.log_event(dg.AssetObservation(key, metadata={"step": step, **meta.numbers(found)}))
+        elif step % max(OBSERVE_EVERY_STEPS, math.ceil(of / STEP_OBSERVATIONS)) == 0 or step == of:
+            numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k not in ("step", "of")}
+            context.log_event(dg.AssetObservation(key, metadata={"step": step, **meta.numbers(numbers)}))
+            accuracy = row["implicit_accuracy"]
+            context.log.info(
+                f"step {step}/{of}: loss {row['loss']:.4f}"
+                + (f", implicit accuracy {accuracy:.2f}" if accuracy is not None else "")
+                + f", {row['pairs_per_second']:.0f} pairs/s"
+            )
+
+    return observe
+
+
+def _metadata(store: Store, recipe: str, finished: "Trained", is_unchanged: bool) -> dict[str, Any]:
+    from trainers import report
+
+    metrics = store.read(schemas.TRAINING_METRICS, recipe)
+    last = metrics.tail(max(1, len(metrics) // 4))
+    return {
+        **meta.of_builts(store, schemas.TRAINING_METRICS, [finished.metrics]),
+        **meta.numbers(_known(last.select("loss", "implicit_accuracy", "pairs_per_second").mean())),
+        **meta.numbers(_last_validation(store, recipe)),
+        "model": dg.MetadataValue.path(str(finished.model)),
+        "pairs": finished.metrics.manifest.extra["pairs"],
+        "curves": meta.picture(report.training_plot(metrics, recipe), "curves"),
+        meta.REUSED: dg.MetadataValue.bool(is_unchanged),
+    }
 
 
 def _known(means: pl.DataFrame) -> dict[str, float]:

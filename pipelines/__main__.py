@@ -2,7 +2,7 @@
 
 python -m pipelines run                   world, ingest, catalogue, scores and labels, in order
 python -m pipelines world|ingest|score|label
-python -m pipelines score [--scorers a,b] [--workers N] [--part K/N] [--dry-run]
+python -m pipelines score [--scorers a,b] [--workers N] [--part K/N] [--shards-file FILE] [--no-activate] [--dry-run]
 python -m pipelines score-diff SCORER OLD NEW    what changed between two revisions
 python -m pipelines scorers               the scorer report: accuracy, correlation, what bfloat16 costs
 python -m pipelines precision [SCORER ...]  what bfloat16 would cost these scorers, on human pairs of the store
@@ -30,6 +30,7 @@ from pipelines import (
     ingest,
     label_card,
     pairs_page,
+    reporting,
     schemas,
     steps,
 )
@@ -74,6 +75,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scorers", help="score only these, by name, joined by commas; default: all")
     parser.add_argument("--workers", type=int, help="processes that score; 0: one per GPU; default: scoring.workers")
     parser.add_argument("--part", help="K/N: score the K-th of N parts of the shards, for launchers")
+    parser.add_argument("--shards-file", help="score: a file with the keys of the shards to score, one per line")
+    parser.add_argument(
+        "--no-activate", action="store_true", help="score: leave the active revisions and the views as they are"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="score nothing; say what is left and how long it would take"
     )
@@ -95,8 +100,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.names and options.what not in NAMED:
         parser.error(f"{options.what} takes no names, found {options.names}")
-    if options.dry_run and options.what != "score":
-        parser.error(f"--dry-run belongs to score, found {options.what}")
+    for option in ("dry_run", "shards_file", "no_activate"):
+        if getattr(options, option) and options.what != "score":
+            parser.error(f"--{option.replace('_', '-')} belongs to score, found {options.what}")
     config = configuration.load(options.config)
     store = Store(config.store_location)
     if options.what == "show":
@@ -138,10 +144,11 @@ def main(arguments: list[str] | None = None) -> int:
         for name in steps.LABEL_TABLES:
             _tell(name, getattr(labels, name)())
         say(f"label card: {label_card.build(store)}")
-    views = store.write_views()
-    say(f"tables: {store.location}; DuckDB views: {views}")
+    if not options.no_activate:
+        say(f"tables: {store.location}; DuckDB views: {store.write_views()}")
     if failed:
-        raise SourceError(f"{len(failed)} shards failed, the others are ingested: " + "; ".join(failed))
+        done = "scored" if options.what == "score" else "ingested"
+        raise SourceError(f"{len(failed)} shards failed, the others are {done}: " + "; ".join(failed))
     return 0
 
 
@@ -175,7 +182,8 @@ def _score(store: Store, config: configuration.Config, keys: list[str], options:
     chosen = _chosen(config, options.scorers)
     device = devices.resolve_device(options.device or config.scoring.device)
     count = config.scoring.workers if options.workers is None else options.workers
-    mine = workers.part(keys, options.part) if options.part else keys
+    mine = _listed(options.shards_file, keys) if options.shards_file else keys
+    mine = workers.part(mine, options.part) if options.part else mine
     if options.dry_run:
         places = devices.places(device, count)
         threads = config.scoring.threads or max(1, batches.cores() // len(places))
@@ -184,21 +192,44 @@ def _score(store: Store, config: configuration.Config, keys: list[str], options:
         return []
     failed: list[str] = []
     results = workers.score_shards(store, config, mine, chosen, device=device, workers=count, progress=say)
-    for i, (key, result) in enumerate(results, 1):
-        if isinstance(result, Exception):
-            # One unreadable file costs one shard.
-            failed.append(str(result))
-            say(f"{i}/{len(mine)} scores {key}: failed: {result}")
-        else:
+    with reporting.opened() as report:
+        for i, (key, result) in enumerate(results, 1):
+            if isinstance(result, Exception):
+                # One unreadable file costs one shard.
+                failed.append(str(result))
+                say(f"{i}/{len(mine)} scores {key}: failed: {result}")
+                report({"shard": key, "error": str(result)})
+                continue
             for name, built in result.items():
                 _tell(f"{i}/{len(mine)} scores {name} {key}", built)
+            report({"shard": key, "scorers": {name: _told(built) for name, built in result.items()}})
+    if options.no_activate:
+        return failed
     active, pending = batches.activate_finished(store, config, keys, chosen)
     say(f"active revisions: {', '.join(f'{name} {revision}' for name, revision in active.items()) or 'none'}")
-    if pending and not (failed or options.part or options.scorers):
+    if pending and not (failed or options.part or options.shards_file or options.scorers):
         raise StoreError("; ".join(pending))
     for why in pending:
         say(f"not complete yet: {why}")
     return failed
+
+
+def _told(built: Built) -> dict[str, int | bool]:
+    """Return what a launcher is told of a scorer's scores of a shard."""
+    images = built.manifest.extra.get("images_prepared", 0)
+    return {"rows": built.manifest.rows, "images": images, "is_unchanged": built.is_reused}
+
+
+def _listed(file: str, keys: list[str]) -> list[str]:
+    """Return the shards that a file names, in its order.
+
+    Raises:
+        StoreError: one of them is not in the catalogue.
+    """
+    listed = [line.strip() for line in Path(file).read_text().splitlines() if line.strip()]
+    if unknown := sorted(set(listed) - set(keys)):
+        raise StoreError(f"{file}: {unknown} are no shards of the catalogue; ingest and catalogue them first")
+    return listed
 
 
 def _chosen(config: configuration.Config, names: str | None) -> list[configuration.ScorerConfig]:

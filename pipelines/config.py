@@ -31,7 +31,7 @@ class _Model(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
 
-RESERVED = ("ensemble", "fidelity", "human", "majority", "random_scorer", "raw_sum", "zscore_sum")
+RESERVED = ("consensus", "ensemble", "fidelity", "human", "majority", "random_scorer", "raw_sum", "zscore_sum")
 """Names of judges and voters of our own, which no scorer may have."""
 Layout = Literal["auto", "pickapic", "pickapic_webdataset", "hpd", "hpdv3", "rapidata", "pairs"]
 

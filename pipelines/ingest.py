@@ -5,6 +5,7 @@ Belongs here: identities, order of a pair, statuses. Does not belong here: layou
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -56,6 +57,12 @@ class Plan:
             storage=storage,
             limits=self.limits.model_dump(),
         )
+
+    def marks(self, files: str) -> set[str]:
+        """Return the fingerprints under which a shard counts as ingested. files: the layout's fingerprint of it."""
+        # What auto chose for a source when it was smaller stays: nothing is read again only because a source grew.
+        kept = (self.storage,) if self.is_storage_fixed else ("copy", "reference")
+        return {self.fingerprint(files, storage) for storage in kept}
 
 
 def plan(
@@ -141,13 +148,51 @@ def ingest_shard(
 ) -> dict[str, Built]:
     """Ingest one shard into its tables; return what was built, by table. `progress` is told every ten seconds.
 
+    Why it failed is remembered under the shard's votes until it succeeds.
+
     Raises:
         SourceError: the file is unreadable or lacks a column; nothing of the shard becomes visible.
         RuntimeError: the rows do not add up (a defect of a layout's reader).
     """
     try:
+        with _reading(how, shard):
+            built = _ingest(store, how, shard, progress)
+    except Exception as error:
+        store.record_failure(schemas.VOTES.name, shard.key, str(error))
+        raise
+    if built[schemas.VOTES.name].is_reused:
+        # What could not be read for a while is what it was.
+        store.forget_failure(schemas.VOTES.name, shard.key)
+    return built
+
+
+def present_marks(how: Plan, shard: Shard) -> set[str]:
+    """Return the fingerprints under which the shard counts as ingested as its files are now; no image is read.
+
+    Layouts whose rows name image files read these names, and ask when the files changed.
+
+    Raises:
+        SourceError: a file is unreadable.
+    """
+    with _reading(how, shard):
+        return how.marks(LAYOUTS[how.source.layout].fingerprint(how.source, shard))
+
+
+def is_ingested(store: Store, how: Plan, shard: Shard) -> bool:
+    """Return whether the shard's tables are there, made from its files as they are now.
+
+    Raises:
+        SourceError: see present_marks.
+    """
+    found = {None if m is None else m.fingerprint for m in (store.manifest(t.name, shard.key) for t in TABLES)}
+    return len(found) == 1 and found <= present_marks(how, shard)
+
+
+@contextlib.contextmanager
+def _reading(how: Plan, shard: Shard) -> Iterator[None]:
+    try:
         with services_as_oserror(how.source.location):
-            return _ingest(store, how, shard, progress)
+            yield
     except OSError as error:
         if not _is_of_source(error, how):
             raise
@@ -161,11 +206,9 @@ def _is_of_source(error: OSError, how: Plan) -> bool:
 def _ingest(store: Store, how: Plan, shard: Shard, progress: Callable[[str], None]) -> dict[str, Built]:
     files = LAYOUTS[how.source.layout].fingerprint(how.source, shard)
     mark = how.fingerprint(files, how.storage)
-    # What auto chose for a source when it was smaller stays: nothing is read again only because a source grew.
-    marks = {mark} if how.is_storage_fixed else {how.fingerprint(files, s) for s in ("copy", "reference")}
     existing = {t.name: store.manifest(t.name, shard.key) for t in TABLES}
     found = {None if m is None else m.fingerprint for m in existing.values()}
-    if len(found) == 1 and found <= marks:
+    if len(found) == 1 and found <= how.marks(files):
         return {name: Built(m, True) for name, m in existing.items() if m is not None}
 
     chunks = LAYOUTS[how.source.layout].read_shard(how.source, shard, how.limits)

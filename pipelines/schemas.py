@@ -888,6 +888,98 @@ PAIR_GROUPS = Table(
     key=("pair_id",),
     cut_by="whole",
 )
+FROZEN_SAMPLE = Table(
+    "frozen_sample",
+    "pair on which drift is measured: drawn once, and kept",
+    (
+        *_PAIR_KEYS,
+        Column(
+            "human_label_0",
+            pl.Float64,
+            "mean of the votes that counted when the sample was drawn; never 0.5",
+            **_PROBABILITY,
+        ),
+    ),
+    key=("pair_id",),
+    cut_by="whole",
+)
+FROZEN_LABELS = Table(
+    "frozen_labels",
+    "scorer (or 'consensus') and pair of frozen_sample, under the revisions of one measurement",
+    (
+        Column(
+            "measurement", pl.Int64, "number of the measurement: 1 for the first revisions, one more for others", low=1
+        ),
+        Column("subject", pl.String, "reward model, or 'consensus'"),
+        _PAIR_KEYS[0],
+        Column("is_in_store", pl.Boolean, "false: the pair left the store, its source was removed"),
+        Column(
+            "difference", pl.Float64, "d of the scorer; null: a score is missing, or subject 'consensus'", nullable=True
+        ),
+        Column(
+            "label_0",
+            pl.Float64,
+            "its choice: 1 for image_0, 0 for image_1, 0.5 for equal scores; null: no score, or undecided",
+            nullable=True,
+            **_PROBABILITY,
+        ),
+    ),
+    key=("subject", "pair_id"),
+    cut_by="measurement",
+)
+DRIFT = Table(
+    "drift",
+    "measurement and scorer, or 'consensus'",
+    (
+        Column("measurement", pl.Int64, "number of the measurement, in the order in which they were made", low=1),
+        Column("subject", pl.String, "reward model, or 'consensus'"),
+        Column(
+            "revision", pl.String, "of the scorer; of 'consensus': of all scorers' revisions and its options together"
+        ),
+        Column("pairs", pl.Int64, "pairs of frozen_sample that it chooses on, equal scores among them"),
+        Column("pairs_without_choice", pl.Int64, "pairs in the store without score, or undecided"),
+        Column("pairs_gone", pl.Int64, "pairs that left the store"),
+        Column(
+            "accuracy",
+            pl.Float64,
+            "share of `pairs` on which it chooses the humans' side, as frozen; equal scores count half",
+            nullable=True,
+            **_PROBABILITY,
+        ),
+        Column(
+            "before",
+            pl.Int64,
+            "latest measurement of another revision of the subject; null: none",
+            nullable=True,
+            low=1,
+        ),
+        Column("revision_before", pl.String, "the revision of that one", nullable=True),
+        Column(
+            "accuracy_before",
+            pl.Float64,
+            "accuracy of that revision, over the pairs on which both choose",
+            nullable=True,
+            **_PROBABILITY,
+        ),
+        Column(
+            "points",
+            pl.Float64,
+            "100 * (accuracy over the pairs on which both choose - accuracy_before)",
+            nullable=True,
+            low=-100.0,
+            high=100.0,
+        ),
+        Column(
+            "share_changed",
+            pl.Float64,
+            "share of the pairs in the store both times whose choice is another now; no choice is one of its own",
+            nullable=True,
+            **_PROBABILITY,
+        ),
+    ),
+    key=("measurement", "subject"),
+    cut_by="whole",
+)
 LATENTS = Table(
     "latents",
     "image encoded by a backbone's autoencoder",
@@ -1093,6 +1185,9 @@ TABLES: dict[str, Table] = {
         PREFERENCES,
         ANNOTATOR_GROUPS,
         PAIR_GROUPS,
+        FROZEN_SAMPLE,
+        FROZEN_LABELS,
+        DRIFT,
         LATENTS,
         PROMPT_EMBEDDINGS,
         TRAJECTORIES,

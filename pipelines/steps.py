@@ -16,9 +16,11 @@ import polars as pl
 from pipelines import catalogue, schemas
 from pipelines.config import Config, ConfigError
 from pipelines.files import open_uri, services_as_oserror
+from pipelines.identity import fingerprint
 from pipelines.labels import annotators as ann
 from pipelines.labels import calibration as cal
 from pipelines.labels import consensus as con
+from pipelines.labels import drift as dri
 from pipelines.labels import groups as gro
 from pipelines.labels import margins as mar
 from pipelines.labels import minority as mino
@@ -28,6 +30,7 @@ from pipelines.scoring import batches
 from pipelines.tables import Built, Manifest, Store, StoreError, made_of
 
 CODE_VERSION = "5"
+DRIFT_VERSION = "1"
 _COSINES = ("clip", "hpsv2", "hpsv2.1")
 """Kinds whose score is a cosine as it is; PickScore's is one times the scale that its manifests name."""
 
@@ -62,7 +65,7 @@ class Labels:
 
     def _inputs(self, name: str) -> list[Manifest]:
         """Return the commits of everything that a label table is made from."""
-        found = [*self._voted, *(self._current(t) for t in LABEL_TABLES[name])]
+        found = [*self._voted, *(self.current(t) for t in LABEL_TABLES[name])]
         if name in ("margins", "preferences"):
             found += [m for manifests in self._scored.values() for m in manifests]
         if name == "preferences":
@@ -71,7 +74,7 @@ class Labels:
             found += [self.store.require(schemas.CATALOGUE_PROMPTS.name), *images]
         return found
 
-    def _current(self, name: str) -> Manifest:
+    def current(self, name: str) -> Manifest:
         """Return the commit of a label table that is what this configuration and program would make now.
 
         Raises:
@@ -97,8 +100,8 @@ class Labels:
                 "generator_term": labels.generator_term,
                 "logit_scales": self._logit_scales,
             },
-            "consensus": self._consensus_options,
-            "smoothed": {"smpo_scorer": self._smpo_scorer, "constants": labels.smpo_constants},
+            "consensus": self.consensus_options,
+            "smoothed": {"smpo_scorer": self.smpo_scorer, "constants": labels.smpo_constants},
             "minority": {
                 "rho": mino.RHO,
                 "prior_votes": mino.PRIOR_VOTES,
@@ -131,13 +134,15 @@ class Labels:
         )
 
     @property
-    def _consensus_options(self) -> dict[str, Any]:
+    def consensus_options(self) -> dict[str, Any]:
+        """Return the options of consensus."""
         labels = self.config.labels
         names = ("tie_policy", "tie_breaker", "human_votes", "seed")
         return {n: getattr(labels, n) for n in names}
 
     @property
-    def _smpo_scorer(self) -> str:
+    def smpo_scorer(self) -> str:
+        """Return the scorer of p_smpo."""
         of_pickscore = [s.name for s in self.config.scorers if s.kind == "pickscore"]
         return self.config.labels.smpo_scorer or [*of_pickscore, self.scorers[0]][0]
 
@@ -282,7 +287,7 @@ class Labels:
             human = self._pairs["human_label_0"]
             for start, piece in zip(mar.starts(len(human)), self._pieces(), strict=True):
                 of_piece = human.slice(start, mar.ROWS)
-                yield con.consensus(piece, of_piece, self.scorers, **self._consensus_options, rms=rms)
+                yield con.consensus(piece, of_piece, self.scorers, **self.consensus_options, rms=rms)
 
         return self._build("consensus", make)
 
@@ -301,7 +306,7 @@ class Labels:
         Raises:
             ConfigError: labels.smpo_constants is 'published', and the scorer of p_smpo is no PickScore of ours.
         """
-        published, scorer = self.config.labels.smpo_constants == "published", self._smpo_scorer
+        published, scorer = self.config.labels.smpo_constants == "published", self.smpo_scorer
         kind = next(s.kind for s in self.config.scorers if s.name == scorer)
         if published and (kind != "pickscore" or scorer not in self._logit_scales):
             raise ConfigError(
@@ -391,6 +396,89 @@ class Labels:
             )
 
         return self._build("pair_groups", make)
+
+    # --- drift -------------------------------------------------------------------------------------------------
+
+    def drift(self) -> dict[str, Built]:
+        """Measure the active revisions on the frozen sample, drawn if there is none; return what was built, by table.
+
+        A measurement of other revisions is kept. What is measured under the same ones again (a source left, votes came)
+        takes the place of the latest.
+
+        Raises:
+            StoreError: margins or consensus is missing or old, or a measurement is of another sample.
+        """
+        frozen = self._frozen_sample()
+        measured = self._frozen_labels(frozen.manifest)
+        commits = self._measurements(frozen.manifest)
+
+        def make() -> pl.DataFrame:
+            made = [
+                dri.Measurement(
+                    m.extra["measurement"], m.extra["revisions"], self.store.read(schemas.FROZEN_LABELS, m.partition)
+                )
+                for m in commits
+            ]
+            return dri.drift(self.store.read(schemas.FROZEN_SAMPLE), made)
+
+        built = self.store.build(schemas.DRIFT, make, inputs=[frozen.manifest, *commits], code_version=DRIFT_VERSION)
+        return {b.manifest.table: b for b in (frozen, measured, built)}
+
+    def _frozen_sample(self) -> Built:
+        kept = self.store.manifest(schemas.FROZEN_SAMPLE.name)
+        # An empty one measures nothing, and would for ever.
+        if kept is not None and kept.rows:
+            return Built(kept, True)
+        return self.store.build(
+            schemas.FROZEN_SAMPLE,
+            lambda: dri.sample(self._pairs, self.config.checks.sample_pairs),
+            inputs=[self.store.require("catalogue_pairs")],
+            code_version=DRIFT_VERSION,
+            parameters={"sample_pairs": self.config.checks.sample_pairs},
+        )
+
+    def _measurements(self, frozen: Manifest) -> list[Manifest]:
+        """Return the commits of the measurements in their order; what an empty sample gave is none."""
+        commits = [m for m in self.store.manifests(schemas.FROZEN_LABELS.name) if m.rows]
+        commits.sort(key=lambda commit: int(commit.extra["measurement"]))
+        for commit in commits:
+            if commit.inputs["frozen_sample/all"] != frozen.content:
+                raise StoreError(
+                    f"{self.store.location}: frozen_labels/{commit.partition} was measured on another frozen_sample than the "
+                    f"present one; bring that one back, or remove the folders frozen_labels and _manifests/frozen_labels"
+                )
+        return commits
+
+    def _frozen_labels(self, frozen: Manifest) -> Built:
+        # The active revisions are read behind the check that the margins are made from them.
+        tables = [self.current(t) for t in ("margins", "consensus")]
+        active = self.store.current_revisions()
+        revisions = {s: active[s] for s in self.scorers}
+        options = {n: v for n, v in self.consensus_options.items() if n != "seed"}
+        revisions[dri.CONSENSUS] = fingerprint(revisions=revisions, consensus=options)[:12]
+        earlier = self._measurements(frozen)
+        is_same = bool(earlier) and earlier[-1].extra["revisions"] == revisions
+        number = earlier[-1].extra["measurement"] + (not is_same) if earlier else 1
+
+        def make() -> pl.DataFrame:
+            sample = self.store.read(schemas.FROZEN_SAMPLE)
+            margins, consensus = (
+                self.store.scan(t, partitions=["all"])
+                .join(sample.lazy().select("pair_id"), on="pair_id", how="semi")
+                .collect()
+                for t in (schemas.MARGINS, schemas.CONSENSUS)
+            )
+            return dri.measure(number, sample, margins, consensus, self.scorers)
+
+        return self.store.build(
+            schemas.FROZEN_LABELS,
+            make,
+            inputs=[frozen, *tables],
+            code_version=DRIFT_VERSION,
+            parameters={"measurement": number, "revisions": revisions},
+            partition=f"{number:04d}-{revisions[dri.CONSENSUS]}",
+            extra=lambda: {"measurement": number, "revisions": revisions},
+        )
 
 
 LABEL_TABLES: dict[str, tuple[str, ...]] = {

@@ -2,6 +2,7 @@
 
     <store>/<table>/<partition>.parquet                a file, complete or absent
     <store>/_manifests/<table>/<partition>.json        its commit: readers trust manifests
+    <store>/_failures/<table>/<partition>.json         why the last attempt to make it failed, until one succeeds
 
 A partition is a relative path such as 'all', '<shard>' or 'pickscore/revision=0123456789ab/<shard>'.
 Belongs here: reading, writing, committing, reusing. Does not belong here: what a table holds (`schemas`).
@@ -13,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,7 +27,6 @@ import fsspec
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from pipelines import schemas
@@ -62,6 +63,15 @@ class Manifest:
     rows_by_status: dict[str, int] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why the last attempt to make a partition failed: the error's message, when (seconds since 1970), by which process."""
+
+    message: str
+    at: float
+    by: str
 
 
 @dataclass(frozen=True)
@@ -182,6 +192,39 @@ class Store:
         os.close(handle)
         return Path(name)
 
+    # --- failures ----------------------------------------------------------------------------------------------
+
+    def record_failure(self, table: str, partition: str, message: str) -> None:
+        """Remember why making a partition failed, until it is written or found unchanged; never raises."""
+        failure = Failure(message, round(time.time(), 3), f"{socket.gethostname()}:{os.getpid()}")
+        # Whoever calls this has an error to tell already, and perhaps because the store cannot be written to.
+        with contextlib.suppress(Exception):
+            self.publish(_failure_file(table, partition), json.dumps(asdict(failure), indent=1).encode())
+
+    def forget_failure(self, table: str, partition: str) -> None:
+        """Remove the record of a failure: the partition is there. Never raises."""
+        # An old record that stays is less harm than work that is thrown away because of it.
+        with contextlib.suppress(Exception):
+            self._fs.rm_file(f"{self._root}/{_failure_file(table, partition)}")
+
+    def failures(self, table: str, below: str = "") -> dict[str, Failure]:
+        """Return partition -> why the last attempt to make it failed, of those whose path starts with `below`.
+
+        A record that cannot be read says so in its message.
+        """
+        head, found = f"_failures/{table}/", {}
+        for name in self.list_files(head.rstrip("/")):
+            partition = name.removeprefix(head).removesuffix(".json")
+            if not name.endswith(".json") or not partition.startswith(below):
+                continue
+            try:
+                kept = self.read_json(name)
+                if kept is not None:
+                    found[partition] = Failure(str(kept["message"]), float(kept["at"]), str(kept["by"]))
+            except (StoreError, OSError, ValueError, LookupError, TypeError) as error:
+                found[partition] = Failure(f"it failed, but {name} cannot be read: {error}", 0.0, "")
+        return found
+
     # --- tables ------------------------------------------------------------------------------------------------
 
     def write(
@@ -252,6 +295,7 @@ class Store:
             extra=dict(extra or {}),
         )
         self.publish(f"_manifests/{table.name}/{partition}.json", json.dumps(asdict(manifest), indent=1).encode())
+        self.forget_failure(table.name, partition)
         return manifest
 
     def manifest(self, table: str, partition: str = WHOLE) -> Manifest | None:
@@ -366,6 +410,9 @@ class Store:
         paths = [self.data_path(table.name, p) for p in names]
         if self.is_local:
             return pl.scan_parquet(paths)
+        # It imports pandas where there is one, which takes longer than all of Dagster.
+        import pyarrow.dataset as pads
+
         # One filesystem reads and writes everything, with the credentials that fsspec has.
         files = [self._fs._strip_protocol(p) for p in paths]
         return pl.scan_pyarrow_dataset(pads.dataset(files, filesystem=self._fs, format="parquet"))
@@ -495,6 +542,10 @@ def made_of(
         parameters=dict(parameters or {}),
         inputs=dict(contents),
     )
+
+
+def _failure_file(table: str, partition: str) -> str:
+    return f"_failures/{table}/{partition}.json"
 
 
 def _checked(table: schemas.Table, frame: pl.DataFrame | pa.Table) -> pa.Table:

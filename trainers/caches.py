@@ -5,9 +5,9 @@ Belongs here: encoding once, packing tensors into parquet. Does not belong here:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 import torch
@@ -69,7 +69,6 @@ def cache_latents(
         .select("image_id")
         .collect()["image_id"]
     )
-    wanted = fingerprint(owned=sorted(owned), backbone=backbone.digest)
 
     def make() -> Iterator[pl.DataFrame]:
         model, done = backbone.model, 0
@@ -105,7 +104,7 @@ def cache_latents(
     partition = backbone.partition(shard_key)
     inputs = {f"{source.table}/{source.partition}": source.content}
     existing = store.manifest("latents", partition)
-    both = made_of(schemas.LATENTS, inputs, CODE_VERSION, {"wanted": wanted, "flips": True})
+    both = made_of(schemas.LATENTS, inputs, CODE_VERSION, latents_parameters(owned, backbone, flips=True))
     if existing is not None and existing.fingerprint == both:
         # Mirrored ones that nobody asks for now do no harm.
         return Built(existing, True)
@@ -114,9 +113,14 @@ def cache_latents(
         make,
         inputs=[source],
         code_version=CODE_VERSION,
-        parameters={"wanted": wanted, "flips": flips},
+        parameters=latents_parameters(owned, backbone, flips=flips),
         partition=partition,
     )
+
+
+def latents_parameters(owned: Collection[str], backbone: Backbone, *, flips: bool) -> dict[str, Any]:
+    """Return what a shard's latents depend on beside its images. owned: ids of those that are the shard's."""
+    return {"wanted": fingerprint(owned=sorted(owned), backbone=backbone.digest), "flips": flips}
 
 
 def _latents(ids: list[str], is_flipped: bool, mean: torch.Tensor, log_variance: torch.Tensor) -> pl.DataFrame:
@@ -166,6 +170,11 @@ def cache_prompts(store: Store, backbone: Backbone, progress: Progress = lambda 
         make,
         inputs=[catalogued],
         code_version=CODE_VERSION,
-        parameters={"backbone": backbone.digest},
+        parameters=prompts_parameters(backbone),
         partition=backbone.partition("all"),
     )
+
+
+def prompts_parameters(backbone: Backbone) -> dict[str, Any]:
+    """Return what prompt embeddings depend on beside the catalogue's prompts."""
+    return {"backbone": backbone.digest}

@@ -74,13 +74,26 @@ def evaluate(store: Store, config: Config, model: str, device: str, progress: Pr
         ]
         return pl.concat([schemas.EVALUATIONS.empty(), *judged])
 
-    parameters = {
+    return store.build(
+        schemas.EVALUATIONS,
+        make,
+        inputs=[samples],
+        code_version=CODE_VERSION,
+        parameters=evaluation_parameters(config),
+        partition=model,
+    )
+
+
+def evaluation_parameters(config: Config) -> dict[str, Any]:
+    """Return what the scores of samples depend on beside the samples.
+
+    Raises:
+        hub.CheckpointError: a scorer's files are missing.
+    """
+    return {
         "scorers": {s.name: checkpoints.revision(s) for s in config.scorers if s.kind != "imported"},
         "world": None if config.world is None else _world_facts(),
     }
-    return store.build(
-        schemas.EVALUATIONS, make, inputs=[samples], code_version=CODE_VERSION, parameters=parameters, partition=model
-    )
 
 
 PROMISED_GAIN_SD, PROMISED_FIDELITY_LOSS = 0.2, 0.05
@@ -125,7 +138,7 @@ def held_out(
     """
     precision = resolve_precision(config.training.precision, backbone.device)
     computing = functools.partial(autocast, precision, backbone.device)
-    inputs = [trained, store.require("preferences"), *store.manifests("latents", backbone.partition())]
+    inputs = held_out_inputs(store, backbone, trained)
 
     def make() -> pl.DataFrame:
         loaded = backbone.model
@@ -158,14 +171,28 @@ def held_out(
         make,
         inputs=inputs,
         code_version=CODE_VERSION,
-        parameters={
-            "pairs": HELD_OUT_PAIRS,
-            "draws": HELD_OUT_DRAWS,
-            "model": trained.fingerprint,
-            "precision": precision,
-        },
+        parameters=held_out_parameters(trained, precision),
         partition=recipe,
     )
+
+
+def held_out_inputs(store: Store, backbone: Backbone, trained: Manifest) -> list[Manifest]:
+    """Return the commits of what the accuracy on held-out pairs is made from.
+
+    Raises:
+        StoreError: there are no preferences.
+    """
+    return [trained, store.require("preferences"), *store.manifests("latents", backbone.partition())]
+
+
+def held_out_parameters(trained: Manifest, precision: str) -> dict[str, Any]:
+    """Return what the accuracy on held-out pairs depends on beside its tables. precision: resolved."""
+    return {
+        "pairs": HELD_OUT_PAIRS,
+        "draws": HELD_OUT_DRAWS,
+        "model": trained.fingerprint,
+        "precision": precision,
+    }
 
 
 def bootstrap_by_prompt(values: np.ndarray, prompts: np.ndarray, resamples: int, seed: int = 0) -> np.ndarray:
@@ -251,5 +278,10 @@ def leaderboard(store: Store, config: Config, recipes: list[str]) -> Built:
         make,
         inputs=[base, *models, *pairs],
         code_version=CODE_VERSION,
-        parameters={"recipes": recipes, "bootstrap": resamples},
+        parameters=leaderboard_parameters(config, recipes),
     )
+
+
+def leaderboard_parameters(config: Config, recipes: list[str]) -> dict[str, Any]:
+    """Return what the leaderboard depends on beside its tables."""
+    return {"recipes": recipes, "bootstrap": config.evaluation.bootstrap}

@@ -130,23 +130,31 @@ def sample(
                 }
             )
 
-    suite = config.suite()
-    weights = trained.fingerprint if trained is not None else backbone.digest
     return store.build(
         schemas.SAMPLES,
         make,
         inputs=[store.require("catalogue_prompts")],
         code_version=CODE_VERSION,
-        parameters={
-            "model": weights,
-            "backbone": backbone.digest,
-            "suite": None if suite is None else identity.fingerprint(prompts=prompts_of.read_suite(suite)),
-            "device": torch.device(backbone.device).type,
-            "precision": precision,
-            **options.model_dump(include={"prompts", "seeds", "steps", "guidance"}),
-        },
+        parameters=parameters(config, backbone, trained),
         partition=model,
     )
+
+
+def parameters(config: Config, backbone: Backbone, trained: Manifest | None) -> dict[str, Any]:
+    """Return what a model's samples depend on beside the catalogue's prompts. trained: see sample.
+
+    Raises:
+        prompts.PromptSuiteError: the suite cannot be read.
+    """
+    suite = config.suite()
+    return {
+        "model": trained.fingerprint if trained is not None else backbone.digest,
+        "backbone": backbone.digest,
+        "suite": None if suite is None else identity.fingerprint(prompts=prompts_of.read_suite(suite)),
+        "device": torch.device(backbone.device).type,
+        "precision": resolve_precision(config.training.precision, backbone.device),
+        **config.evaluation.model_dump(include={"prompts", "seeds", "steps", "guidance"}),
+    }
 
 
 def _png(picture: Image.Image) -> bytes:

@@ -40,8 +40,11 @@ class Training:
 
     def latents(self, shard_key: str, recipes: Iterable[str] = ()) -> Built:
         """Cache one shard's latents, mirrored ones too if a configured recipe, or one of `recipes`, mirrors pairs."""
-        flips = any(r.flip for r in recipes_in_order([*self.config.training.recipes, *recipes]))
-        return caches.cache_latents(self.store, shard_key, self.backbone, self.progress, flips=flips)
+        return caches.cache_latents(self.store, shard_key, self.backbone, self.progress, flips=self.mirrors(recipes))
+
+    def mirrors(self, recipes: Iterable[str] = ()) -> bool:
+        """Return whether a configured recipe, or one of `recipes`, mirrors pairs."""
+        return any(r.flip for r in recipes_in_order([*self.config.training.recipes, *recipes]))
 
     def prompt_embeddings(self) -> Built:
         """Cache all prompts' embeddings."""

@@ -18,9 +18,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pipelines import config as configuration
-from pipelines import schemas
+from pipelines import reporting, schemas
 from pipelines.config import CONFIG_VARIABLE, Config
 from pipelines.tables import Built, Store
 from trainers import loop, plan, recipes, report
@@ -34,9 +35,13 @@ def say(message: str) -> None:
     print(message, flush=True)
 
 
-def _tell(name: str, built: Built) -> None:
+def _line(name: str, built: Built) -> str:
     m = built.manifest
-    say(f"{name}: {m.rows} rows, " + ("unchanged" if built.is_reused else f"{m.seconds:.1f} s"))
+    return f"{name}: {m.rows} rows, " + ("unchanged" if built.is_reused else f"{m.seconds:.1f} s")
+
+
+def _tell(name: str, built: Built) -> None:
+    say(_line(name, built))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", help="TOML file; default: $POLYPHONY_CONFIG, else the small world")
     parser.add_argument("--recipe", help="one recipe; default: all of training.recipes")
-    parser.add_argument("--json", action="store_true", help="print metrics as JSON lines, as a launcher reads them")
+    parser.add_argument("--json", action="store_true", help="print metrics as JSON lines, too")
     parser.add_argument("--dry-run", action="store_true", help="with train: the same as plan")
     return parser
 
@@ -102,20 +107,30 @@ def main(arguments: list[str] | None = None) -> int:
         _tell("prompt_embeddings", training.prompt_embeddings())
     if options.what in ("all", "trajectories", "train"):
         spread(config, options, given)
-    if options.what == "trajectories":
-        for name in chosen:
-            made = training.trajectories(name)
-            if is_first:
-                say(f"trajectories {name}: {sum(m.rows for m in made)} rows in {len(made)} parts")
-    if options.what in ("all", "train"):
-        for name in chosen:
-            trained = training.train(name, loop.print_json if options.json else lambda row: None)
-            if is_first:
-                _tell(f"trained {name}", trained.metrics)
-                say(f"model: {trained.model}")
+    with reporting.opened() as tell:
+        _train(training, options, chosen, tell)
     if options.what in ("all", "evaluate") and is_first:
         _evaluate(training, store, config, chosen)
     return 0
+
+
+def _train(training: Training, options: argparse.Namespace, names: list[str], tell: reporting.Tell) -> None:
+    """Make trajectories or train, as the options say; every process of a run calls it, the first one speaks."""
+    say_first = training.progress
+
+    def told(row: dict[str, Any]) -> None:
+        if options.json:
+            loop.print_json(row)
+        tell(row)
+
+    for name in names:
+        if options.what == "trajectories":
+            made = training.trajectories(name)
+            say_first(f"trajectories {name}: {sum(m.rows for m in made)} rows in {len(made)} parts")
+        if options.what in ("all", "train"):
+            trained = training.train(name, told)
+            say_first(_line(f"trained {name}", trained.metrics))
+            say_first(f"model: {trained.model}")
 
 
 def _evaluate(training: Training, store: Store, config: Config, names: list[str]) -> None:

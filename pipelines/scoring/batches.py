@@ -113,23 +113,29 @@ def score_shard(
         of.parts.clear()
         built[of.config.name] = Built(manifest, False)
 
-    started = time.monotonic()
-    modelled: list[_Due] = []
-    for of in due:
-        if of.config.kind != "imported":
-            modelled.append(of)
-            continue
-        rows, facts = imported.score_owned(store, of.config, owned), imported.facts(of.config)
-        if facts["revision"] != of.revision:
-            raise imported.ImportedScoresError(
-                f"scorer {of.config.name!r}: {of.config.checkpoint}: changed while it was read; score again"
-            )
-        commit(of, rows, facts, started)
-    if modelled:
-        if len(owned):
-            for of in modelled:
-                _load(models, of, device, progress)
-        _score(store, shard_key, owned, modelled, models, threads or cores(), part_seconds, progress, commit)
+    try:
+        started = time.monotonic()
+        modelled: list[_Due] = []
+        for of in due:
+            if of.config.kind != "imported":
+                modelled.append(of)
+                continue
+            rows, facts = imported.score_owned(store, of.config, owned), imported.facts(of.config)
+            if facts["revision"] != of.revision:
+                raise imported.ImportedScoresError(
+                    f"scorer {of.config.name!r}: {of.config.checkpoint}: changed while it was read; score again"
+                )
+            commit(of, rows, facts, started)
+        if modelled:
+            if len(owned):
+                for of in modelled:
+                    _load(models, of, device, progress)
+            _score(store, shard_key, owned, modelled, models, threads or cores(), part_seconds, progress, commit)
+    except Exception as error:
+        for of in due:
+            if of.config.name not in built:
+                store.record_failure(schemas.SCORES.name, of.where, str(error))
+        raise
     return {s.name: built[s.name] for s in scorers}
 
 
@@ -170,11 +176,20 @@ def _wanted(owned: pl.DataFrame, images_content: str) -> str:
 
 def _mark(store: Store, scorer: ScorerConfig, wanted: str, revision: str) -> str:
     """Return the fingerprint of what a scorer's scores of a shard are made from; wanted: of _wanted."""
-    parts = {"code_version": CODE_VERSION, "version": schemas.SCORES.version, "rows": wanted, "revision": revision}
-    if scorer.kind == "imported":
-        # A file names images, and which image a name means is known over all shards.
-        parts["names"] = [store.require(t).content for t in ("catalogue_names", "catalogue_images")]
-    return fingerprint(**parts)
+    return _mark_of(wanted, revision, _names(store, scorer))
+
+
+def _names(store: Store, scorer: ScorerConfig) -> list[str] | None:
+    """Return the content of what tells which image a name means; None for scorers that look at images."""
+    # A file names images, and which image a name means is known over all shards.
+    named = ("catalogue_names", "catalogue_images")
+    return [store.require(t).content for t in named] if scorer.kind == "imported" else None
+
+
+def _mark_of(wanted: str, revision: str, names: list[str] | None) -> str:
+    parts: dict[str, Any] = {"code_version": CODE_VERSION, "version": schemas.SCORES.version}
+    parts |= {"rows": wanted, "revision": revision}
+    return fingerprint(**parts if names is None else {**parts, "names": names})
 
 
 def _state(store: Store, scorer: ScorerConfig, shard_key: str, wanted: str) -> Manifest | _Due:
@@ -205,12 +220,33 @@ def unfinished(
     return owned.join(state.done, on=["image_id", "prompt_id"], how="anti") if isinstance(state, _Due) else None
 
 
-def _incomplete(
-    store: Store, scorers: Sequence[ScorerConfig], shard_keys: Sequence[str]
-) -> dict[str, tuple[str, str | None]]:
-    """Return scorer -> (its present revision, why that is not complete over these shards; None: it is).
+@dataclass(frozen=True)
+class ScorerState:
+    """What lies there of a scorer's scores under its present revision, over some shards.
 
-    A scorer whose files are missing has no revision, ''.
+    revision: '' where the scorer's files are missing or unreadable; `problem` says why, and every shard is missing.
+    commits: shard -> commit, of any shard. current: those whose scores are what would be made now. stale: shards whose scores
+    were made for other images or another ownership.
+    """
+
+    revision: str
+    problem: str
+    commits: dict[str, Manifest]
+    current: dict[str, Manifest]
+    stale: tuple[str, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def lost(self) -> dict[str, int]:
+        """Return shard -> images that could not be read; scoring it again tries these again."""
+        return {k: n for k, m in self.current.items() if (n := m.extra.get("images_lost"))}
+
+
+def states(store: Store, scorers: Sequence[ScorerConfig], shard_keys: Sequence[str]) -> dict[str, ScorerState]:
+    """Return scorer -> what lies there of these shards; no image is read and no model loaded.
+
+    Raises:
+        StoreError: a shard is not ingested.
     """
     # Sorted as the catalogue writes it; the prompts' texts are not needed here.
     owned = store.scan(schemas.CATALOGUE_SCORABLES).filter(pl.col("owner").is_in(list(shard_keys))).collect()
@@ -220,24 +256,42 @@ def _incomplete(
         m.partition: _wanted(by_owner.get(m.partition, nothing), m.content)
         for m in store.require_all("images", shard_keys)
     }
+    return {s.name: _scorer_state(store, s, wanted) for s in scorers}
+
+
+def _scorer_state(store: Store, scorer: ScorerConfig, wanted: dict[str, str]) -> ScorerState:
+    try:
+        revision = checkpoints.revision(scorer)
+    except (CheckpointError, imported.ImportedScoresError) as error:
+        return ScorerState("", str(error), {}, {}, (), tuple(wanted))
+    below = partition(scorer.name, revision, "")
+    commits = {m.partition.removeprefix(below): m for m in store.manifests(schemas.SCORES.name, below)}
+    made = [k for k in wanted if k in commits]
+    names = _names(store, scorer) if made else None
+    current = {k: commits[k] for k in made if commits[k].fingerprint == _mark_of(wanted[k], revision, names)}
+    stale = tuple(k for k in made if k not in current)
+    return ScorerState(revision, "", commits, current, stale, tuple(k for k in wanted if k not in commits))
+
+
+def _incomplete(
+    store: Store, scorers: Sequence[ScorerConfig], shard_keys: Sequence[str]
+) -> dict[str, tuple[str, str | None]]:
+    """Return scorer -> (its present revision, why that is not complete over these shards; None: it is).
+
+    A scorer whose files are missing has no revision, ''.
+    """
     found: dict[str, tuple[str, str | None]] = {}
-    for scorer in scorers:
-        try:
-            revision = checkpoints.revision(scorer)
-        except (CheckpointError, imported.ImportedScoresError) as error:
-            found[scorer.name] = ("", str(error))
+    for name, state in states(store, scorers, shard_keys).items():
+        left = next((k for k in shard_keys if k not in state.current), None)
+        if state.problem or left is None:
+            found[name] = (state.revision, state.problem or None)
             continue
-        found[scorer.name] = (revision, None)
-        for key in shard_keys:
-            manifest = store.manifest("scores", partition(scorer.name, revision, key))
-            if manifest is None or manifest.fingerprint != _mark(store, scorer, wanted[key], revision):
-                state = "missing" if manifest is None else "older than the shard or the catalogue"
-                why = (
-                    f"scores of {scorer.name} revision {revision}, shard {key}, are {state}; score it "
-                    f"(`python -m pipelines score`, or materialize scores/{scorer.name})"
-                )
-                found[scorer.name] = (revision, why)
-                break
+        how = "missing" if left in state.missing else "older than the shard or the catalogue"
+        why = (
+            f"scores of {name} revision {state.revision}, shard {left}, are {how}; score it "
+            f"(`python -m pipelines score`, or materialize scores/{name})"
+        )
+        found[name] = (state.revision, why)
     return found
 
 

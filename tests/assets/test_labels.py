@@ -1,14 +1,15 @@
 import shutil
-from pathlib import Path
 
 import dagster as dg
 import polars as pl
 import pytest
 
+from assets import metadata as meta
 from assets.labels import build_labels
 from assets.metadata import REUSED
 from assets.resources import Polyphony
 from pipelines import schemas, steps
+from pipelines.config import AutomationConfig
 from pipelines.scoring import batches
 from pipelines.tables import Store
 
@@ -58,16 +59,39 @@ def test_columns_of_every_scorer_are_in_the_column_tab(config):
 
 
 def test_pages_of_pairs_are_linked_from_the_labels_and_are_there(metadata, config):
+    store = Store(config.store_location)
     for table, page in (("minority", "highest_minority"), ("rater_agreement", "split_votes"), ("preferences", "index")):
-        path = metadata[table]["pairs"].value
-        assert path.endswith(f"pairs/{page}.html")
-        assert Path(path).read_text().startswith("<!doctype html>")
-    assert metadata["pair_pages"]["split_votes"].value == metadata["rater_agreement"]["pairs"].value
+        link = metadata[table]["pairs"]
+        assert isinstance(link, dg.UrlMetadataValue)
+        assert link.value == f"{config.automation.pages_url}/{page}.html"
+        assert store.read_text(f"pairs/{page}.html").startswith("<!doctype html>")
+    assert metadata["pair_pages"]["split_votes"] == metadata["rater_agreement"]["pairs"]
 
 
-@pytest.mark.parametrize("table", ["reliability", "consensus_report", "minority", "annotators"])
-def test_a_plot_lies_in_the_metadata(metadata, table):
-    shown = metadata[table]["plot"].value
+def test_where_nobody_serves_the_pages_their_path_is_shown(config):
+    store = Store(config.store_location)
+    unserved = config.model_copy(update={"automation": AutomationConfig()})
+    assert meta.page(store, unserved, "index.html") == dg.MetadataValue.path(store.path("pairs", "index.html"))
+
+
+def test_the_drift_of_one_revision_has_nothing_to_compare_with(metadata, config):
+    table = Store(config.store_location).read(schemas.DRIFT)
+    assert metadata["frozen_sample"]["dagster/row_count"].value > 0
+    assert dict(table.select("subject", "points").rows()) == {"pickscore": None, "clip": None, "consensus": None}
+    of_clip = table.filter(subject="clip")["accuracy"][0]
+    assert metadata["drift"]["accuracy_clip"].value == pytest.approx(of_clip)
+    assert "share_consensus_changed" not in metadata["drift"]
+
+
+PLOTS = [
+    *((t, "plot") for t in ("reliability", "consensus_report", "minority", "annotators", "drift")),
+    ("consensus", "agreement"),
+]
+
+
+@pytest.mark.parametrize(("table", "name"), PLOTS)
+def test_a_plot_lies_in_the_metadata(metadata, table, name):
+    shown = metadata[table][name].value
     assert "](data:image/" in shown
     assert len(shown) < 70_000, "base64 of 50 kB"
 
