@@ -17,12 +17,12 @@ from assets.jobs import EVERYTHING, PREPARE
 from assets.metadata import REUSED
 from assets.partitions import SHARDS
 from assets.resources import Polyphony
+from assets.schedules import RANGE_END, RANGE_START
 from pipelines import label_card, schemas
 from pipelines.config import small_world
 from pipelines.tables import Store
 
 PROCESS_TAG = "polyphony/process"
-RANGE_START, RANGE_END = "dagster/asset_partition_range_start", "dagster/asset_partition_range_end"
 
 
 def close_killed_runs(instance: dg.DagsterInstance) -> int:

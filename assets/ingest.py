@@ -68,7 +68,7 @@ def _ingested(specs: Specs) -> dg.AssetsDefinition:
     )
     def ingested(
         context: dg.AssetExecutionContext, config: forms.ShardOptions, polyphony: Polyphony
-    ) -> Iterator[dg.MaterializeResult]:
+    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
         """Ingest the selected shards; a bad file fails the run after the other shards are done."""
         present, store = polyphony.config, polyphony.store
         listed = polyphony.shards()
@@ -99,14 +99,14 @@ def _ingested(specs: Specs) -> dg.AssetsDefinition:
             )
         if failed:
             raise dg.Failure(f"{len(failed)} of {len(chosen.keys)} shards failed: " + "; ".join(failed))
-        if chosen.is_whole:
-            for table in SHARD_TABLES:
-                builts = done[table.name]
-                yield dg.MaterializeResult(
-                    asset_key=table.name,
-                    metadata=meta.of_builts(store, table, builts),
-                    check_results=checks.results(store, present, table.name, table, builts),
-                )
+        for table in SHARD_TABLES:
+            builts = done[table.name]
+            found = checks.results(store, present, table.name, table, builts)
+            if chosen.is_whole:
+                metadata = meta.of_builts(store, table, builts)
+                yield dg.MaterializeResult(asset_key=table.name, metadata=metadata, check_results=found)
+            else:
+                yield from found
 
     return ingested
 

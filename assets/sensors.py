@@ -33,8 +33,9 @@ def new_source_shards(context: dg.SensorEvaluationContext, polyphony: Polyphony)
         return dg.SkipReason("the small world is not written yet; run the job prepare")
     listed = [s.key for s in ingest.list_shards(config)]
     known = context.instance.get_dynamic_partitions(str(SHARDS.name))
-    new = sorted(set(listed) - set(known), key=listed.index)
-    if gone := sorted(set(known) - set(listed)):
+    present, registered = set(listed), set(known)
+    new = [k for k in listed if k not in registered]
+    if gone := [k for k in known if k not in present]:
         context.log.info(f"{len(gone)} partitions without a file: {', '.join(gone)}; raw_sources removes them")
     if not new:
         more = f", {len(gone)} partitions have no file any more ({', '.join(gone[:5])})" if gone else ""

@@ -4,6 +4,9 @@ python -m pipelines run                   world, ingest, catalogue, scores and l
 python -m pipelines world|ingest|score|label
 python -m pipelines score [--scorers a,b] [--workers N] [--part K/N] [--shards-file FILE] [--no-activate] [--dry-run]
 python -m pipelines score-diff SCORER OLD NEW    what changed between two revisions
+python -m pipelines status                per table: done, out of date, failed, and what to do
+python -m pipelines check [TABLE ...]     read the tables again and check them; what is wrong, and exit status 1
+python -m pipelines prune [--dry-run]     remove old revisions of scores and old launches
 python -m pipelines scorers               the scorer report: accuracy, correlation, what bfloat16 costs
 python -m pipelines precision [SCORER ...]  what bfloat16 would cost these scorers, on human pairs of the store
 python -m pipelines card                  the label card: who voted, agreement, minority, what each policy drops
@@ -19,6 +22,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import polars as pl
@@ -26,12 +30,15 @@ import polars as pl
 from pipelines import (
     accounting,
     catalogue,
+    checks,
     curation,
     ingest,
     label_card,
     pairs_page,
     reporting,
+    retention,
     schemas,
+    status,
     steps,
 )
 from pipelines import config as configuration
@@ -42,7 +49,7 @@ from pipelines.tables import Built, Store, StoreError
 from pipelines.world import raw
 
 ORDER = ("world", "ingest", "score", "label")
-NAMED = ("score-diff", "precision", "pairs", "export", "show", "sql")
+NAMED = ("score-diff", "check", "precision", "pairs", "export", "show", "sql")
 """What takes names behind it."""
 
 
@@ -63,11 +70,12 @@ def _tell(name: str, built: Built) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pipelines", description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("what", choices=("run", *ORDER, *NAMED, "scorers", "card"))
+    parser.add_argument("what", choices=("run", *ORDER, *_ALONE))
     parser.add_argument(
         "names",
         nargs="*",
-        help="show: a table; sql: a query; score-diff: SCORER OLD NEW; precision: scorers; pairs: a query; export: a folder",
+        help="show: a table; check: tables; sql: a query; score-diff: SCORER OLD NEW; precision: scorers; pairs: a query; "
+        "export: a folder",
     )
     parser.add_argument("--rows", type=int, default=10, help="rows to show")
     parser.add_argument("--config", help="TOML file; default: $POLYPHONY_CONFIG, else the small world")
@@ -100,33 +108,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.names and options.what not in NAMED:
         parser.error(f"{options.what} takes no names, found {options.names}")
-    for option in ("dry_run", "shards_file", "no_activate"):
-        if getattr(options, option) and options.what != "score":
-            parser.error(f"--{option.replace('_', '-')} belongs to score, found {options.what}")
+    for option, owners in _OPTIONS_OF.items():
+        if getattr(options, option) and options.what not in owners:
+            parser.error(f"--{option.replace('_', '-')} belongs to {' and '.join(owners)}, found {options.what}")
     config = configuration.load(options.config)
     store = Store(config.store_location)
-    if options.what == "show":
-        return _show(store, options.names[0] if options.names else None, options.rows)
-    if options.what == "sql":
-        return _sql(store, " ".join(options.names))
-    if options.what == "score-diff":
-        return _score_diff(store, options.names)
-    if options.what == "scorers":
-        return _scorers(store, config, options.device)
-    if options.what == "precision":
-        from pipelines.scoring import precision
-
-        say(precision.main_text(store, config, options.names, options.device or "", progress=say))
-        return 0
-    if options.what == "card":
-        path = label_card.build(store)
-        say(store.read_text(label_card.FILE))
-        say(f"card: {path}")
-        return 0
-    if options.what == "pairs":
-        return _pairs(store, options)
-    if options.what == "export":
-        return _export(store, options)
+    if options.what in _ALONE:
+        return _ALONE[options.what](store, config, options)
     wanted = ORDER if options.what == "run" else (options.what,)
     if "world" in wanted and config.world is not None:
         written = raw.write_world(config.world_folder, config.world)
@@ -143,6 +131,8 @@ def main(arguments: list[str] | None = None) -> int:
         labels = steps.Labels(store, config, keys)
         for name in steps.LABEL_TABLES:
             _tell(name, getattr(labels, name)())
+        for name, built in labels.drift().items():
+            _tell(name, built)
         say(f"label card: {label_card.build(store)}")
     if not options.no_activate:
         say(f"tables: {store.location}; DuckDB views: {store.write_views()}")
@@ -246,7 +236,7 @@ def _policy(text: str | None) -> curation.Policy | None:
     return None if text is None else curation.parse(text)
 
 
-def _pairs(store: Store, options: argparse.Namespace) -> int:
+def _pairs(store: Store, config: configuration.Config, options: argparse.Namespace) -> int:
     keys, policy = catalogue.shard_keys(store), _policy(options.policy)
     if len(options.names) > 1:
         raise StoreError(f"pairs: expected one query of {sorted(pairs_page.QUERIES)}, found {options.names}")
@@ -278,7 +268,7 @@ def _pairs(store: Store, options: argparse.Namespace) -> int:
     return 0
 
 
-def _export(store: Store, options: argparse.Namespace) -> int:
+def _export(store: Store, config: configuration.Config, options: argparse.Namespace) -> int:
     if len(options.names) != 1 or options.policy is None:
         raise StoreError(
             f"export: expected FOLDER and --policy (of {sorted(curation.POLICIES)}), found {options.names} and "
@@ -299,9 +289,10 @@ def _export(store: Store, options: argparse.Namespace) -> int:
     return 0
 
 
-def _score_diff(store: Store, names: list[str]) -> int:
+def _score_diff(store: Store, config: configuration.Config, options: argparse.Namespace) -> int:
     from pipelines.scoring import differences
 
+    names = options.names
     if len(names) != 3:
         raise StoreError(
             f"score-diff: expected SCORER OLD NEW, found {names}; revisions are folders of scores/<scorer>"
@@ -310,11 +301,11 @@ def _score_diff(store: Store, names: list[str]) -> int:
     return 0
 
 
-def _scorers(store: Store, config: configuration.Config, device: str | None) -> int:
+def _scorers(store: Store, config: configuration.Config, options: argparse.Namespace) -> int:
     from pipelines.scoring import devices, precision, report
 
     for scorer in precision.configured(config):
-        place = devices.resolve_device(device or config.scoring.device)
+        place = devices.resolve_device(options.device or config.scoring.device)
         _tell(f"scorer_precision {scorer.name}", precision.measure(store, scorer, place, progress=say))
     for name, built in report.build(store, config, catalogue.shard_keys(store)).items():
         _tell(name, built)
@@ -325,9 +316,10 @@ def _scorers(store: Store, config: configuration.Config, device: str | None) -> 
     return 0
 
 
-def _sql(store: Store, query: str) -> int:
+def _sql(store: Store, config: configuration.Config, options: argparse.Namespace) -> int:
     import duckdb
 
+    query = " ".join(options.names)
     if not query:
         raise StoreError('sql: expected a query, found none; e.g. "SELECT count(*) FROM votes"')
     store.write_views()
@@ -340,13 +332,68 @@ def _sql(store: Store, query: str) -> int:
     return 0
 
 
-def _show(store: Store, table: str | None, rows: int) -> int:
+def _show(store: Store, config: configuration.Config, options: argparse.Namespace) -> int:
+    table, rows = (options.names or [None])[0], options.rows
     if table not in schemas.TABLES:
         raise StoreError(f"show: expected a table of {sorted(schemas.TABLES)}, found {table!r}")
     with pl.Config(tbl_rows=rows, tbl_cols=-1, fmt_str_lengths=40):
         frame = store.scan(schemas.TABLES[table]).head(rows).collect()
         say(str(frame.drop([c for c, t in frame.schema.items() if t == pl.Binary])))
     return 0
+
+
+def _precision(store: Store, config: configuration.Config, options: argparse.Namespace) -> int:
+    from pipelines.scoring import precision
+
+    say(precision.main_text(store, config, options.names, options.device or "", progress=say))
+    return 0
+
+
+def _card(store: Store, config: configuration.Config, options: argparse.Namespace) -> int:
+    path = label_card.build(store)
+    say(store.read_text(label_card.FILE))
+    say(f"card: {path}")
+    return 0
+
+
+def _status(store: Store, config: configuration.Config, options: argparse.Namespace) -> int:
+    say(status.main_text(store, config))
+    return 0
+
+
+def _prune(store: Store, config: configuration.Config, options: argparse.Namespace) -> int:
+    say(retention.main_text(store, config, dry_run=options.dry_run))
+    return 0
+
+
+def _check(store: Store, config: configuration.Config, options: argparse.Namespace) -> int:
+    """Print what the checks of these tables (of all that are there) find; return 1 if one that is no warning failed."""
+    if unknown := [n for n in options.names if n not in schemas.TABLES]:
+        raise StoreError(f"check: expected tables of {sorted(schemas.TABLES)}, found {unknown}")
+    failed = 0
+    for name in options.names or [t for t in schemas.TABLES if store.manifests(t)]:
+        for found in checks.of_table(store, config, name):
+            failed += found.blocking and not found.passed
+            mark = "ok" if found.passed else "FAILED" if found.blocking else "warning"
+            say(f"{name:<22} {found.name:<22} {mark:<8} {found.description}")
+    return min(failed, 1)
+
+
+_ALONE: dict[str, Callable[[Store, configuration.Config, argparse.Namespace], int]] = {
+    "card": _card,
+    "check": _check,
+    "export": _export,
+    "pairs": _pairs,
+    "precision": _precision,
+    "prune": _prune,
+    "score-diff": _score_diff,
+    "scorers": _scorers,
+    "show": _show,
+    "sql": _sql,
+    "status": _status,
+}
+"""What looks at the tables, or does something beside the main job."""
+_OPTIONS_OF = {"dry_run": ("score", "prune"), "shards_file": ("score",), "no_activate": ("score",)}
 
 
 if __name__ == "__main__":

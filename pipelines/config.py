@@ -276,9 +276,10 @@ class AutomationConfig(_Model):
         "", description="URL that failures and overdue tables are posted to, as JSON with a field 'text'"
     )
     pages_url: str = pydantic.Field(
-        "", description="URL below which the store's folder `pairs` is served, for links in the UI; empty: paths are shown"
+        "",
+        description="URL below which the store's folder `pairs` is served, for links in the UI; empty: paths are shown",
     )
-    fresh_days: float = pydantic.Field(8.0, gt=0, description="days after which a published table is overdue")
+    fresh_days: float = pydantic.Field(8.0, ge=0.001, description="days after which a published table is overdue")
     keep_run_days: float = pydantic.Field(
         90.0, gt=0, description="days that finished runs, their events and logs are kept; a table's last run stays"
     )

@@ -573,6 +573,20 @@ def _label_lines(seen: _Seen) -> Iterable[Line]:
     for name, old in _old_labels(seen).items():
         # What to do before stands in the lines above.
         yield line(name, name, {WHOLE: None if old is None else old.cause}, seen.of(name), _LABEL)
+    yield _drift_line(seen)
+
+
+def _drift_line(seen: _Seen) -> Line:
+    """Return the line of drift: current where its latest measurement is of the present margins and consensus."""
+    table, measured = schemas.FROZEN_LABELS, seen.of(schemas.FROZEN_LABELS.name)
+    latest = max(measured.values(), key=lambda m: int(m.extra["measurement"]), default=None)
+    inputs = seen.contents("frozen_sample") | seen.contents("margins") | seen.contents("consensus")
+    old = _old_labels(seen)["consensus"]
+    why = old.cause if old is not None and latest is not None else why_old(table, latest, inputs, "", None)
+    made = seen.of(schemas.DRIFT.name)
+    if why is None and WHOLE not in made:
+        why = "not made yet"
+    return line(schemas.DRIFT.name, schemas.DRIFT.name, {WHOLE: why}, made, _LABEL)
 
 
 # --- for people ------------------------------------------------------------------------------------------------------

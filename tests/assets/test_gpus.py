@@ -65,10 +65,11 @@ def hold(tmp_path):
     yield start
     for holder in holders:
         holder.process.kill()
-        holder.process.communicate()
         if holder.child:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(holder.child, signal.SIGKILL)
+        # It reads to the end of what both may write to.
+        holder.process.communicate()
 
 
 def test_each_lease_gets_a_gpu_of_its_own_and_its_child_sees_that_one_alone(lease):

@@ -27,9 +27,7 @@ def text():
         lines.append(f"{key.to_user_string()}: {', '.join(parts)}")
         if node.parent_keys:
             lines.append("  <- " + " ".join(sorted(k.to_user_string() for k in node.parent_keys)))
-        names = [
-            c.name + "!" * graph.get_check_spec(c).blocking for c in sorted(node.check_keys, key=lambda c: c.name)
-        ]
+        names = [c.name + "!" * graph.get_check_spec(c).blocking for c in sorted(node.check_keys, key=lambda c: c.name)]
         if names:
             lines.append("  checks " + " ".join(names))
     return "\n".join(lines) + "\n"
