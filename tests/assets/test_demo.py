@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import duckdb
 import polars as pl
 import pytest
 
@@ -163,6 +164,15 @@ def test_the_query_that_the_demo_prints_works(finished):
     assert "pickapic" in output
     path = re.search(r"polars\.read_parquet\('(.*)'\)", finished.output)[1]
     assert len(pl.read_parquet(path)) == finished.store.require("preferences").rows
+
+
+def test_the_queries_of_the_readme_have_answers(finished):
+    text = re.search(r"```sql\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    queries = [q for q in text.split(";") if q.strip()]
+    assert len(queries) == 5
+    with duckdb.connect() as connection:
+        connection.execute(finished.store.read_text("views.sql"))
+        assert all(len(connection.sql(q).fetchall()) > 0 for q in queries)
 
 
 def test_runs_materializations_and_metadata_are_on_the_instance_that_the_ui_serves(finished):

@@ -1,61 +1,67 @@
-"""The scores assets: one per scorer, a run decodes once for the selected ones."""
+"""The scores assets: one per scorer, and one process that decodes once for the selected ones."""
 
-import tomllib
+import os
+import signal
+import socket
 
 import dagster as dg
+import psutil
 import pytest
 
 from assets.labels import build_labels
 from assets.partitions import SHARDS
 from assets.resources import Polyphony
 from assets.scores import build_scores, score_key
+from pipelines import catalogue, ingest, schemas
 from pipelines import config as configuration
-from pipelines import images, stored
 from pipelines.scoring import checkpoints
-from pipelines.sources import SourceError
-
-
-def toml_of(config):
-    """Return what the tests vary of a configuration as TOML."""
-    lines = [f'home = "{config.home}"', f'store = "{config.store}"']
-    for table, parts in (("sources", config.sources), ("scorers", config.scorers), ("backbones", config.backbones)):
-        for part in parts:
-            lines.append(f"[[{table}]]")
-            lines += [f"{k} = {v!r}".replace("'", '"') for k, v in part.model_dump(exclude_defaults=True).items()]
-    lines.append(f"[scoring]\nworkers = {config.scoring.workers}\npart_seconds = {config.scoring.part_seconds}")
-    assert tomllib.loads("\n".join(lines))
-    return "\n".join(lines)
+from pipelines.tables import Store
 
 
 @pytest.fixture
-def project(ingested_copy, tiny_config, tmp_path):
-    """Return materialize(selection, workers) over the ingested tiny world, and the store's parts."""
+def project_over(tiny_config, tmp_path):
+    """Return a function: (store, shard keys) -> materialize(scorers, workers, selection)."""
+
+    def over(store, keys):
+        instance = dg.DagsterInstance.ephemeral()
+        instance.add_dynamic_partitions(str(SHARDS.name), keys)
+
+        def run(scorers=None, workers=1, selection=None, labels=False):
+            config = tiny_config.model_copy(
+                update={
+                    "store": store.location,
+                    "home": str(tmp_path / "home"),
+                    "scoring": configuration.ScoringConfig(workers=workers, device="cpu"),
+                    "scorers": scorers or tiny_config.scorers,
+                }
+            )
+            file = tmp_path / "polyphony.json"
+            file.write_text(config.model_dump_json())
+            tags = {"dagster/asset_partition_range_start": keys[0], "dagster/asset_partition_range_end": keys[-1]}
+            return dg.materialize(
+                [build_labels(config)[0]] if labels else [build_scores(config)],
+                resources={"polyphony": Polyphony(config_file=str(file))},
+                instance=instance,
+                selection=None if selection is None else [score_key(s) for s in selection],
+                tags={} if labels else tags,
+                raise_on_error=False,
+            )
+
+        return run, instance
+
+    return over
+
+
+@pytest.fixture
+def project(ingested_copy, project_over):
+    """Return materialize over the ingested tiny world, the store and its shards."""
     store, keys = ingested_copy
-    instance = dg.DagsterInstance.ephemeral()
-    instance.add_dynamic_partitions(str(SHARDS.name), keys)
-
-    def run(scorers=None, workers=1, selection=None, labels=False):
-        config = tiny_config.model_copy(
-            update={
-                "store": store.location,
-                "home": str(tmp_path / "home"),
-                "scoring": configuration.ScoringConfig(workers=workers),
-                "scorers": scorers or tiny_config.scorers,
-            }
-        )
-        file = tmp_path / "polyphony.toml"
-        file.write_text(toml_of(config))
-        tags = {"dagster/asset_partition_range_start": keys[0], "dagster/asset_partition_range_end": keys[-1]}
-        return dg.materialize(
-            [build_labels(config)[0]] if labels else [build_scores(config)],
-            resources={"polyphony": Polyphony(config_file=str(file))},
-            instance=instance,
-            selection=None if selection is None else [score_key(s) for s in selection],
-            tags={} if labels else tags,
-            raise_on_error=False,
-        )
-
+    run, _ = project_over(store, keys)
     return run, store, keys
+
+
+def launches(tmp_path):
+    return list((tmp_path / "home").glob("launches/*/scores.log"))
 
 
 def rows_of(result, scorer, key):
@@ -82,40 +88,75 @@ def test_a_range_of_shards_is_one_run_with_metadata_per_scorer_and_shard(project
             assert rows_of(result, scorer.name, key) == commits[key].rows
 
 
-def test_a_run_decodes_an_image_once_for_the_selected_scorers_and_touches_no_other(project, monkeypatch):
-    run, store, _ = project
-    decoded = []
-    real = images.decode
-    monkeypatch.setattr(images, "decode", lambda data: decoded.append(data) or real(data))
-    assert run(selection=["clip"]).success
-    alone = len(decoded)
-    assert alone == len(set(decoded))
-    assert {m.partition.split("/")[0] for m in store.manifests("scores")} == {"clip"}
-    decoded.clear()
-    assert run().success
-    assert len(decoded) == alone, "clip is finished, so every image is decoded for pickscore alone"
-    decoded.clear()
-    assert run().success
-    assert decoded == []
-
-
-def test_a_shard_that_cannot_be_read_fails_the_run_after_the_others_are_scored(project, monkeypatch):
+def test_a_run_scores_the_selected_scorers_alone_and_decodes_no_image_that_is_scored(project, tmp_path):
     run, store, keys = project
-    real = stored.read_images
+    assert run(selection=["clip"]).success
+    clip = {m.partition: m for m in store.manifests("scores")}
+    assert {p.split("/")[0] for p in clip} == {"clip"}
+    assert store.current_revisions() == {}, "a subset activates nothing"
+    assert run().success
+    both = {m.partition: m for m in store.manifests("scores")}
+    assert {p: m.content for p, m in both.items() if p in clip} == {p: m.content for p, m in clip.items()}
+    prepared = [sum(m.extra["images_prepared"] for m in found) for found in (clip.values(), both.values())]
+    images = sum(len(store.read(schemas.SCORES, p)["image_id"].unique()) for p in clip)
+    assert prepared == [images, 2 * images]
 
-    def read(store, key, *rest):
-        if key == keys[0]:
-            raise SourceError("the disk is away")
-        return real(store, key, *rest)
 
-    monkeypatch.setattr(stored, "read_images", read)
-    result = run()
+def test_nothing_is_started_where_nothing_is_to_be_done(project, tmp_path):
+    run, _, keys = project
+    assert run().success
+    assert len(launches(tmp_path)) == 1
+    again = run()
+    assert again.success
+    assert len(launches(tmp_path)) == 1
+    events = [e.materialization for e in again.get_asset_materialization_events()]
+    assert len(events) == 2 * len(keys)
+    assert all(e.metadata["polyphony/is_unchanged"].value for e in events)
+
+
+def test_the_speed_is_observed_on_every_scorer(project, tiny_config):
+    run, _, keys = project
+    observed = {e.asset_key: e.asset_observation_data for e in run().get_asset_observation_events()}
+    assert set(observed) == {score_key(s.name) for s in tiny_config.scorers}
+    for data in observed.values():
+        values = {k: v.value for k, v in data.asset_observation.metadata.items()}
+        assert values["shards_done"] == len(keys)
+        assert values["images_per_second"] > 0
+
+
+@pytest.fixture
+def referred(world_copy, sources_of, tmp_path):
+    """(store, shard keys, the raw file of the first shard) of pickapic, whose images stay in the raw files."""
+    store, source = Store(str(tmp_path / "referred")), sources_of(world_copy)[0]
+    plan = ingest.plan(source, images_config=configuration.ImagesConfig(storage="reference"))
+    shards = ingest.LAYOUTS[source.layout].list_shards(source)
+    for shard in shards:
+        ingest.ingest_shard(store, plan, shard)
+    keys = [s.key for s in shards]
+    catalogue.build(store, keys)
+    return store, keys, store.read(schemas.IMAGES, keys[0])["uri"][0]
+
+
+def test_a_shard_that_cannot_be_read_costs_that_shard_and_the_run(referred, project_over):
+    store, keys, file = referred
+    run, instance = project_over(store, keys)
+    os.rename(file, f"{file}.away")
+    with socket.socket(socket.AF_UNIX) as refusing:
+        # What nobody may open, not even root.
+        where = os.getcwd()
+        os.chdir(os.path.dirname(file))
+        refusing.bind(os.path.basename(file))
+        os.chdir(where)
+        result = run()
     assert not result.success
     failure = next(e for e in result.all_events if e.is_step_failure)
-    assert "the disk is away" in str(failure.event_specific_data)
+    assert f"{file}: cannot be read" in str(failure.event_specific_data)
+    assert not any(e.event_type_value == "STEP_UP_FOR_RETRY" for e in result.all_events)
     assert {m.partition.rsplit("/", 1)[1] for m in store.manifests("scores")} == set(keys[1:])
-    monkeypatch.undo()
+    assert instance.get_materialized_partitions(score_key("clip")) == set(keys[1:])
+    os.rename(f"{file}.away", file)
     assert run().success
+    assert instance.get_materialized_partitions(score_key("clip")) == set(keys)
 
 
 def test_active_scores_switch_only_when_every_shard_is_scored(project, tiny_config):
