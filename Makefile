@@ -12,7 +12,7 @@ PORT ?= 3000
 # Nothing is fetched from a model hub by the small world; libraries that ask are told so.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error DIFFUSERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1
 
-.PHONY: help setup reference home demo ui test test-slow test-reference test-gpu check bench bench-gpu world-models clean
+.PHONY: help setup reference home demo ui test test-slow test-browser test-reference test-gpu check bench bench-gpu world-models clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -54,6 +54,10 @@ test: setup  ## the default tests
 
 test-slow: setup  ## the tests that take minutes
 	$(OFFLINE) $(BIN)/python -m pytest -m "slow and not gpu and not reference"
+
+test-browser: setup  ## the UI in Chromium, which the system must have; POLYPHONY_SCREENSHOTS=FOLDER keeps pictures
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev,browser]"
+	$(OFFLINE) $(BIN)/python -m pytest tests/assets/test_browser.py
 
 test-reference: setup reference  ## our scorers against the original packages
 	$(OFFLINE) $(BIN)/python -m pytest -m reference

@@ -3,8 +3,6 @@
 Belongs here: from findings to check results. Does not belong here: what is looked at (`pipelines.checks`, `.status`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 import dagster as dg
@@ -19,14 +17,14 @@ INPUTS_CURRENT = "inputs_current"
 
 
 def results(
-    store: Store, config: Config, key: dg.CoercibleToAssetKey, table: schemas.Table, builts: Iterable[Built]
+    store: Store, config: Config, key: "dg.CoercibleToAssetKey", table: schemas.Table, builts: Iterable[Built]
 ) -> list[dg.AssetCheckResult]:
     """Return what the checks find in the partitions of a table that one materialization made or found."""
     partitions = [b.manifest.partition for b in builts]
     return [result(key, finding) for finding in checks.of_table(store, config, table.name, partitions)]
 
 
-def result(key: dg.CoercibleToAssetKey, finding: checks.Finding) -> dg.AssetCheckResult:
+def result(key: "dg.CoercibleToAssetKey", finding: checks.Finding) -> dg.AssetCheckResult:
     """Return a finding as a check result: an error where it must stop what reads the table, else a warning."""
     return dg.AssetCheckResult(
         asset_key=dg.AssetKey.from_coercible(key),
@@ -51,9 +49,12 @@ def build_checks() -> list[dg.AssetChecksDefinition]:
             for name in steps.LABEL_TABLES
         ],
         name=INPUTS_CURRENT,
+        can_subset=True,
     )
-    def inputs_current(polyphony: Polyphony) -> Iterator[dg.AssetCheckResult]:
+    def inputs_current(context: dg.AssetCheckExecutionContext, polyphony: Polyphony) -> Iterator[dg.AssetCheckResult]:
         for name, why in status.inputs_current(polyphony.store, polyphony.config).items():
+            if dg.AssetCheckKey(dg.AssetKey(name), INPUTS_CURRENT) not in context.selected_asset_check_keys:
+                continue
             yield dg.AssetCheckResult(
                 asset_key=name,
                 check_name=INPUTS_CURRENT,

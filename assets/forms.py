@@ -13,6 +13,8 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
+from pipelines.config import Config
+
 
 class ShardOptions(dg.Config):
     """How many of the selected shards one run does."""
@@ -36,6 +38,14 @@ class ScoringOptions(ShardOptions):
         ge=-1,
         description="Processes that score, instead of scoring.workers; 0: one per GPU; -1: as configured.",
     )
+
+    def applied(self, config: Config) -> Config:
+        """Return the configuration with the form's numbers; scores and their revision do not depend on them."""
+        scorers = config.scorers
+        if self.batch_size:
+            scorers = tuple(s.model_copy(update={"batch_size": self.batch_size}) for s in scorers)
+        scoring = config.scoring if self.workers < 0 else config.scoring.model_copy(update={"workers": self.workers})
+        return config.model_copy(update={"scorers": scorers, "scoring": scoring})
 
 
 class TrainingOptions(dg.Config):

@@ -89,7 +89,7 @@ def _label(name: str, specs: Specs) -> dg.AssetsDefinition:
             facts["pairs"] = meta.page(store, config, f"{_PAGES[name]}.html")
         if name == "consensus":
             votes = plots.agreement(plots.votes_of(store))
-            facts["agreement"] = meta.picture(plots.agreement_matrix(votes), "who agrees with whom")
+            facts["matrix"] = meta.picture(plots.agreement_matrix(votes), "who agrees with whom")
         if name in _PLOTS:
             title, plot = _PLOTS[name]
             facts["plot"] = meta.picture(plot(store.read(schemas.TABLES[name])), title)

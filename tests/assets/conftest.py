@@ -1,7 +1,6 @@
 """What is started as a person starts it: homes with a finished store, processes over them, Dagster's GraphQL."""
 
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -94,12 +93,10 @@ class Home:
         }
         self.configure(config)
 
-    def configure(self, config, file=None):
-        """Write the configuration that processes started from here on read, or one beside it."""
+    def configure(self, config):
+        """Write the configuration that processes started from here on read."""
         self.config = config
-        file = file or self.config_file
-        file.write_text(config.model_dump_json(indent=1))
-        return file
+        self.config_file.write_text(config.model_dump_json(indent=1))
 
     @property
     def store(self):
@@ -194,6 +191,7 @@ mutation ($parameters: ExecutionParams!) {
     __typename
     ... on LaunchRunSuccess { run { runId } }
     ... on RunConfigValidationInvalid { errors { message } }
+    ... on InvalidSubsetError { message }
     ... on PythonError { message }
   }
 }
@@ -231,9 +229,9 @@ class Dagster:
         return answer["run"]["runId"]
 
     def status(self, run_id):
-        return self.ask(
-            "query ($id: ID!) { runOrError(runId: $id) { ... on Run { status } } }", id=run_id
-        )["runOrError"]["status"]
+        return self.ask("query ($id: ID!) { runOrError(runId: $id) { ... on Run { status } } }", id=run_id)[
+            "runOrError"
+        ]["status"]
 
     def dequeue(self):
         """Start the runs that wait, as the daemon does every few seconds."""

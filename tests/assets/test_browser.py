@@ -190,9 +190,8 @@ def test_the_asset_page_shows_its_rows_and_columns(ui, home, materialized):
 
 
 def test_a_plot_of_the_asset_is_a_picture_in_its_metadata(ui, materialized):
-    ui.open("/assets/minority?view=events")
-    row = ui.page.locator("tr", has=ui.page.get_by_text("plot", exact=True)).first
-    row.get_by_text("[Show Markdown]").click()
+    ui.open("/assets/consensus?view=events")
+    ui.see("[Show Markdown]").click()
     picture = ui.page.locator('img[src^="data:image/"]').first
     playwright.expect(picture, "no plot opens").to_be_visible(timeout=SECONDS * 1000)
     assert picture.evaluate("image => image.complete && image.naturalWidth") > 100
@@ -213,9 +212,12 @@ def test_the_check_results_of_the_run_are_on_the_asset_page(ui, materialized):
     ui.picture("asset_checks")
 
 
-def test_the_launchpad_of_re_scoring_describes_its_options(ui):
-    ui.open(f"/locations/{ui.location()}/jobs/rescore/playground")
+def test_the_launchpad_of_training_describes_its_options(ui):
+    ui.open(f"/locations/{ui.location()}/jobs/train/playground")
     ui.see("Launch Run")
+    # The pane beside the editor describes where the cursor is.
+    ui.see("training_steps").click()
+    ui.see("instead of training.steps")
     ui.picture("launchpad")
 
 
@@ -230,15 +232,17 @@ def test_the_launchpad_of_re_scoring_describes_its_options(ui):
         ("trained", "/assets/trained/diffusion_dpo", "implicit_accuracy"),
         ("jobs", "/jobs", "rescore"),
         ("automation", "/automation", "rescoring"),
-        ("catalog", "/assets", "preferences"),
+        ("catalog", "/assets", "accounting"),
         ("lineage_of_preferences", "/assets/preferences?view=lineage", "preferences"),
-        ("timeline", "/overview/activity/timeline", "everything"),
+        ("timeline", "/overview/activity/timeline", "Jobless asset materializations"),
     ],
 )
 def test_a_page_opens_without_an_error_and_shows_what_it_is_about(ui, materialized, name, path, text):
     ui.errors.clear()
     ui.open(path)
-    ui.see(text)
-    ui.picture(name)
+    try:
+        ui.see(text)
+    finally:
+        ui.picture(name)
     assert ui.page.get_by_text("GraphQL error").count() == ui.page.get_by_text("Unexpected error").count() == 0
     assert ui.errors == []

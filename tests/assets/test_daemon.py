@@ -33,9 +33,7 @@ mutation ($schedule: ScheduleSelector!, $sensor: SensorSelector!) {
 
 def switch_on(dagster, schedule, sensor):
     where = {"repositoryLocationName": "assets.definitions", "repositoryName": "__repository__"}
-    answer = dagster.ask(
-        START, schedule={**where, "scheduleName": schedule}, sensor={**where, "sensorName": sensor}
-    )
+    answer = dagster.ask(START, schedule={**where, "scheduleName": schedule}, sensor={**where, "sensorName": sensor})
     assert answer["startSchedule"]["scheduleState"]["status"] == "RUNNING", answer
     assert answer["startSensor"]["sensorState"]["status"] == "RUNNING", answer
 

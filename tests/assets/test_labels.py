@@ -85,7 +85,7 @@ def test_the_drift_of_one_revision_has_nothing_to_compare_with(metadata, config)
 
 PLOTS = [
     *((t, "plot") for t in ("reliability", "consensus_report", "minority", "annotators", "drift")),
-    ("consensus", "agreement"),
+    ("consensus", "matrix"),
 ]
 
 

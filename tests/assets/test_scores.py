@@ -1,11 +1,6 @@
 """The scores assets: one per scorer, and one process that decodes once for the selected ones."""
 
-import os
-import signal
-import socket
-
 import dagster as dg
-import psutil
 import pytest
 
 from assets.labels import build_labels
@@ -88,8 +83,8 @@ def test_a_range_of_shards_is_one_run_with_metadata_per_scorer_and_shard(project
             assert rows_of(result, scorer.name, key) == commits[key].rows
 
 
-def test_a_run_scores_the_selected_scorers_alone_and_decodes_no_image_that_is_scored(project, tmp_path):
-    run, store, keys = project
+def test_a_run_scores_the_selected_scorers_alone_and_decodes_no_image_that_is_scored(project):
+    run, store, _ = project
     assert run(selection=["clip"]).success
     clip = {m.partition: m for m in store.manifests("scores")}
     assert {p.split("/")[0] for p in clip} == {"clip"}
@@ -137,16 +132,30 @@ def referred(world_copy, sources_of, tmp_path):
     return store, keys, store.read(schemas.IMAGES, keys[0])["uri"][0]
 
 
-def test_a_shard_that_cannot_be_read_costs_that_shard_and_the_run(referred, project_over):
+# A file that the system refuses to whoever opens it; root, as which tests may run, is refused nothing.
+REFUSE = """
+import builtins
+
+real = builtins.open
+
+
+def refuse(file, *arguments, **options):
+    if file == {file!r}:
+        raise PermissionError(13, "Permission denied", file)
+    return real(file, *arguments, **options)
+
+
+builtins.open = refuse
+"""
+
+
+def test_a_shard_that_cannot_be_read_costs_that_shard_and_the_run(referred, project_over, tmp_path, monkeypatch):
     store, keys, file = referred
     run, instance = project_over(store, keys)
-    os.rename(file, f"{file}.away")
-    with socket.socket(socket.AF_UNIX) as refusing:
-        # What nobody may open, not even root.
-        where = os.getcwd()
-        os.chdir(os.path.dirname(file))
-        refusing.bind(os.path.basename(file))
-        os.chdir(where)
+    (tmp_path / "system").mkdir()
+    (tmp_path / "system" / "sitecustomize.py").write_text(REFUSE.format(file=file))
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path / "system"))
         result = run()
     assert not result.success
     failure = next(e for e in result.all_events if e.is_step_failure)
@@ -154,7 +163,6 @@ def test_a_shard_that_cannot_be_read_costs_that_shard_and_the_run(referred, proj
     assert not any(e.event_type_value == "STEP_UP_FOR_RETRY" for e in result.all_events)
     assert {m.partition.rsplit("/", 1)[1] for m in store.manifests("scores")} == set(keys[1:])
     assert instance.get_materialized_partitions(score_key("clip")) == set(keys[1:])
-    os.rename(f"{file}.away", file)
     assert run().success
     assert instance.get_materialized_partitions(score_key("clip")) == set(keys)
 

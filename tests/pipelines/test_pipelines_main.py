@@ -195,3 +195,28 @@ def test_a_wrong_request_says_what_is_expected(labelled, tmp_path, capsys, argum
     assert run(*arguments, "--config", file) == 2
     assert re.search(said, capsys.readouterr().err)
     assert not (tmp_path / "folder").exists()
+
+
+def test_listed_shards_are_scored_and_nothing_is_activated_if_so_asked(configured, tmp_path, capsys):
+    assert run("ingest", "--config", configured) == 0
+    store = Store(str(tmp_path / "home" / "store"))
+    keys = sorted(m.partition for m in store.manifests("votes"))
+    listed = tmp_path / "shards"
+    listed.write_text(f"{keys[1]}\n{keys[0]}\n")
+    capsys.readouterr()
+    assert run("score", "--config", configured, "--shards-file", listed, "--no-activate") == 0
+    assert "active" not in capsys.readouterr().out
+    assert sorted(m.partition.rsplit("/", 1)[1] for m in store.manifests("scores")) == keys[:2]
+    listed.write_text("\n".join(keys))
+    assert run("score", "--config", configured, "--shards-file", listed, "--no-activate") == 0
+    assert store.current_revisions() == {}
+    assert run("score", "--config", configured, "--shards-file", listed) == 0
+    assert set(store.current_revisions()) == {"clip"}
+
+
+def test_a_listed_shard_that_is_not_there_is_named(configured, tmp_path, capsys):
+    assert run("ingest", "--config", configured) == 0
+    listed = tmp_path / "shards"
+    listed.write_text("pickapic.nonsense\n")
+    assert run("score", "--config", configured, "--shards-file", listed) == 2
+    assert "['pickapic.nonsense'] are no shards" in capsys.readouterr().err
