@@ -9,6 +9,8 @@ REFERENCE ?= .venv-reference
 export POLYPHONY_HOME ?= $(CURDIR)/.polyphony
 export DAGSTER_HOME := $(POLYPHONY_HOME)/dagster_home
 PORT ?= 3000
+# Processes that test at once; a file of tests stays together, as its fixtures cost most.
+JOBS ?= 2
 # Nothing is fetched from a model hub by the small world; libraries that ask are told so.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error DIFFUSERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1
 
@@ -50,7 +52,7 @@ ui: setup home  ## the Dagster UI over the demo's own instance, on 127.0.0.1:$(P
 	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dg dev --host 127.0.0.1 --port $(PORT)
 
 test: setup  ## the default tests
-	$(OFFLINE) $(BIN)/python -m pytest -m "not slow and not gpu and not reference"
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu and not reference"
 
 test-slow: setup  ## the tests that take minutes
 	$(OFFLINE) $(BIN)/python -m pytest -m "slow and not gpu and not reference"

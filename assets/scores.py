@@ -9,13 +9,14 @@ from typing import Any
 
 import dagster as dg
 
-from assets import gpus
+from assets import checks, forms, gpus
 from assets import metadata as meta
 from assets.ingest import CATALOGUE_TABLES
 from assets.launchers import KILLED_IS_REPEATED, ProcessClient, launch_folder, only_kills_are_repeated, step_name
 from assets.partitions import EVERY_SHARD, SHARDS
 from assets.resources import Polyphony
-from pipelines import catalogue, schemas
+from assets.specs import Specs, check_specs
+from pipelines import catalogue, plots, schemas
 from pipelines.config import Config, ScorerConfig
 from pipelines.scoring import batches, checkpoints
 from pipelines.tables import Built, Store, StoreError
@@ -32,52 +33,110 @@ def score_key(scorer: str) -> dg.AssetKey:
 
 def build_scores(config: Config) -> dg.AssetsDefinition:
     """Return the multi-asset of the configured scorers."""
-    specs = [
-        dg.AssetSpec(
-            score_key(s.name),
-            deps=["images", *(t.name for t in CATALOGUE_TABLES)],
-            group_name="scores",
-            kinds={"torch", "parquet"},
-            description=f"{s.kind} scores of every (image, prompt), by {(s.checkpoint or s.function).rsplit('/', 1)[-1]}.",
-            code_version=f"{batches.CODE_VERSION}:{checkpoints.KINDS[s.kind].preprocessing}",
-            metadata=meta.spec_metadata(schemas.SCORES),
-        )
-        for s in config.scorers
-    ]
+    specs = Specs(config)
 
     @dg.multi_asset(
         name="scores",
-        specs=specs,
+        specs=[_spec(specs, s) for s in config.scorers],
+        check_specs=[c for s in config.scorers for c in check_specs(score_key(s.name), schemas.SCORES)],
         can_subset=True,
         partitions_def=SHARDS,
         backfill_policy=EVERY_SHARD,
         pool=gpus.pool(config.scoring.device, config.scoring.workers),
         retry_policy=KILLED_IS_REPEATED,
     )
-    def scores(context: dg.AssetExecutionContext, polyphony: Polyphony) -> Iterator[dg.MaterializeResult]:
+    def scores(
+        context: dg.AssetExecutionContext, config: forms.ScoringOptions, polyphony: Polyphony
+    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
         with only_kills_are_repeated():
-            present, store = polyphony.config, polyphony.store
+            present, store = config.applied(polyphony.config), polyphony.store
             selected = [s for s in present.scorers if score_key(s.name) in context.selected_asset_keys]
             found = found_done(store, selected, context.partition_keys)
+            chosen = forms.choose(context, config, lambda key: _is_in_all(key, found))
+            due = [k for k in chosen.keys if not _is_in_all(k, found)]
+            if config.dry_run:
+                context.log.info(_forecast(context, present, selected, due))
+                return
             try:
-                score(context, present, selected, [k for k in context.partition_keys if not _is_in_all(k, found)])
+                score(context, present, selected, chosen.keys, due)
             except dg.Failure:
                 # One unreadable file, or a failing model, costs what is not scored; the rest is there and is shown.
-                for name, shards in committed(store, selected, context.partition_keys, found).items():
-                    for key, built in shards.items():
-                        shard = meta.partition_metadata(store, schemas.SCORES, built)
-                        context.log_event(dg.AssetMaterialization(score_key(name), metadata=shard, partition=key))
+                _tell_shards(
+                    forms.ShardChoice(context, [], is_whole=False),
+                    committed(store, selected, chosen.keys, found),
+                    store,
+                )
                 raise
-            for name, shards in committed(store, selected, context.partition_keys, found).items():
-                if absent := [k for k in context.partition_keys if k not in shards]:
+            done = committed(store, selected, chosen.keys, found)
+            _tell_shards(chosen, done, store)
+            for name, shards in done.items():
+                if absent := [k for k in chosen.keys if k not in shards]:
                     raise StoreError(f"scores of {name}: {absent} changed while they were scored; score them again")
-                for key, built in shards.items():
-                    shard = meta.partition_metadata(store, schemas.SCORES, built)
-                    context.add_asset_metadata(shard, asset_key=score_key(name), partition_key=key)
-                whole = meta.of_builts(store, schemas.SCORES, shards.values())
-                yield dg.MaterializeResult(asset_key=score_key(name), metadata=whole)
+                yield from _results(context, chosen, store, present, name, list(shards.values()))
 
     return scores
+
+
+def _spec(specs: Specs, scorer: ScorerConfig) -> dg.AssetSpec:
+    weights = (scorer.checkpoint or scorer.function).rsplit("/", 1)[-1]
+    return dg.AssetSpec(
+        score_key(scorer.name),
+        deps=["images", *(t.name for t in CATALOGUE_TABLES)],
+        **specs.table(
+            schemas.SCORES,
+            "scores",
+            kinds=("torch", "parquet"),
+            code_version=f"{batches.CODE_VERSION}:{checkpoints.KINDS[scorer.kind].preprocessing}",
+            description=f"{scorer.kind} scores of every (image, prompt), by {weights}.",
+            device="gpu",
+            tags={"polyphony/kind": scorer.kind},
+        ),
+    )
+
+
+def _tell_shards(chosen: forms.ShardChoice, done: Done, store: Store) -> None:
+    for name, shards in done.items():
+        for key, built in shards.items():
+            chosen.tell(score_key(name), key, meta.partition_metadata(store, schemas.SCORES, built))
+
+
+def _results(
+    context: dg.AssetExecutionContext,
+    chosen: forms.ShardChoice,
+    store: Store,
+    config: Config,
+    scorer: str,
+    builts: list[Built],
+) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+    """Yield a scorer's materialization, or of a part of the selected shards the checks alone."""
+    key = score_key(scorer)
+    found = [
+        r
+        for r in checks.results(store, config, key, schemas.SCORES, builts)
+        if dg.AssetCheckKey(key, str(r.check_name)) in context.selected_asset_check_keys
+    ]
+    if not chosen.is_whole:
+        yield from found
+        return
+    counts = plots.score_counts(store, [b.manifest.partition for b in builts])
+    metadata = {
+        **meta.of_builts(store, schemas.SCORES, builts),
+        "histogram": meta.picture(plots.score_histogram(counts, scorer), "scores by source"),
+    }
+    yield dg.MaterializeResult(asset_key=key, metadata=metadata, check_results=found)
+
+
+def _forecast(
+    context: dg.AssetExecutionContext, config: Config, scorers: Sequence[ScorerConfig], keys: Sequence[str]
+) -> str:
+    """Return what scoring these shards would take."""
+    from pipelines.scoring import devices, forecast
+
+    places = devices.places(devices.resolve_device(config.scoring.device), config.scoring.workers)
+    threads = config.scoring.threads or max(1, batches.cores() // len(places))
+    store = Store(config.store_location)
+    ahead = forecast.forecast(store, keys, scorers, device=places[0], threads=threads, progress=context.log.info)
+    return ahead.text(len(places))
 
 
 def found_done(store: Store, scorers: Sequence[ScorerConfig], keys: Sequence[str]) -> Done:
@@ -112,12 +171,15 @@ def _is_in_all(key: str, done: Done) -> bool:
 
 
 def score(
-    context: dg.AssetExecutionContext, config: Config, scorers: Sequence[ScorerConfig], keys: Sequence[str]
+    context: dg.AssetExecutionContext,
+    config: Config,
+    scorers: Sequence[ScorerConfig],
+    chosen: Sequence[str],
+    keys: Sequence[str],
 ) -> None:
-    """Score shards in a process of its own, if there are any, and show how it goes on."""
-    total = len(context.partition_keys)
-    if unchanged := total - len(keys):
-        context.log.info(f"{unchanged} of {total} shards unchanged")
+    """Score those of the chosen shards that are due in a process of its own, if there are any, and show how it goes on."""
+    if unchanged := len(chosen) - len(keys):
+        context.log.info(f"{unchanged} of {len(chosen)} shards unchanged")
     if not keys:
         return
     folder = launch_folder(config, context.run.run_id)

@@ -4,24 +4,27 @@ Belongs here: what Dagster sees of training. Does not belong here: training, and
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import polars as pl
 
-from assets import gpus
+from assets import checks, forms, gpus
 from assets import metadata as meta
 from assets.launchers import KILLED_IS_REPEATED, ProcessClient, only_kills_are_repeated
 from assets.resources import Polyphony
+from assets.specs import Specs, check_specs
 from pipelines import schemas
 from pipelines.config import Config
 from pipelines.tables import Built, Store
+from trainers import versions
 from trainers.recipes import Inversion, Recipe, recipes_in_order
 
 if TYPE_CHECKING:
     from trainers.loop import Trained
+    from trainers.steps import Training
 
 OBSERVE_EVERY_STEPS = 5
 STEP_OBSERVATIONS, VALIDATION_OBSERVATIONS = 400, 100
@@ -44,28 +47,36 @@ def trained_key(recipe: str) -> dg.AssetKey:
 
 def build_training(config: Config) -> list[dg.AssetsDefinition]:
     """Return one asset per configured recipe, and per recipe that one starts from; with their trajectories."""
-    recipes = recipes_in_order(config.training.recipes)
+    specs, recipes = Specs(config), recipes_in_order(config.training.recipes)
+    return [*(_trajectories(specs, r) for r in recipes if _has_trajectories(r)), *(_trained(specs, r) for r in recipes)]
+
+
+def _launched(config: Config) -> dict[str, Any]:
+    """Return the arguments of assets that start the trainer."""
     pool = gpus.pool(config.training.device, config.training.processes)
-    return [*(_trajectories(r, pool) for r in recipes if _has_trajectories(r)), *(_trained(r, pool) for r in recipes)]
+    return {"pool": pool, "retry_policy": KILLED_IS_REPEATED}
 
 
 def _has_trajectories(recipe: Recipe) -> bool:
     return isinstance(recipe.noising, Inversion) and recipe.noising.is_cached
 
 
-def _trajectories(recipe: Recipe, pool: str) -> dg.AssetsDefinition:
-    key = dg.AssetKey(["trajectories", recipe.name])
+def _trajectories(specs: Specs, recipe: Recipe) -> dg.AssetsDefinition:
+    table, key = schemas.TRAJECTORIES, dg.AssetKey(["trajectories", recipe.name])
 
     @dg.asset(
         key=key,
         deps=_dependencies(recipe),
-        group_name="caches",
-        kinds={"torch", "parquet"},
-        description=f"The inverted latents that {recipe.name} trains on; what another run has made already is reused.",
-        code_version="1",
-        pool=pool,
-        retry_policy=KILLED_IS_REPEATED,
-        metadata=meta.spec_metadata(schemas.TRAJECTORIES),
+        check_specs=check_specs(key, table),
+        **_launched(specs.config),
+        **specs.table(
+            table,
+            "caches",
+            kinds=("torch", "parquet"),
+            code_version=versions.TRAJECTORIES,
+            description=f"The inverted latents that {recipe.name} trains on; what another run has made already is reused.",
+            device="gpu",
+        ),
     )
     def trajectories(context: dg.AssetExecutionContext, polyphony: Polyphony) -> dg.MaterializeResult:
         from trainers.steps import Training
@@ -78,7 +89,10 @@ def _trajectories(recipe: Recipe, pool: str) -> dg.AssetsDefinition:
             if run.finished() is None:
                 _run_trainer(context, config, "trajectories", recipe.name, run.folder / "trajectories.log")
             made = [Built(m, m.partition in before) for m in store.manifests("trajectories", run.trajectories)]
-            return dg.MaterializeResult(metadata=meta.of_builts(store, schemas.TRAJECTORIES, made))
+            return dg.MaterializeResult(
+                metadata=meta.of_builts(store, table, made),
+                check_results=checks.results(store, config, key, table, made),
+            )
 
     return trajectories
 
@@ -110,32 +124,43 @@ def _dependencies(recipe: Recipe) -> list[dg.AssetKey]:
     return [*map(dg.AssetKey, names), *([trained_key(recipe.start)] if recipe.start else [])]
 
 
-def _trained(recipe: Recipe, pool: str) -> dg.AssetsDefinition:
-    key = trained_key(recipe.name)
-
-    @dg.asset(
-        key=key,
-        deps=[
-            *_dependencies(recipe),
-            *([dg.AssetKey(["trajectories", recipe.name])] if _has_trajectories(recipe) else []),
-        ],
-        group_name="training",
-        kinds={"torch", "diffusers"},
+def _trained(specs: Specs, recipe: Recipe) -> dg.AssetsDefinition:
+    table, key = schemas.TRAINING_METRICS, trained_key(recipe.name)
+    arguments = specs.table(
+        table,
+        "training",
+        kinds=("torch", "diffusers"),
+        code_version=versions.TRAINING,
         description=f"Model tuned by {recipe.name}: {recipe.summary}.",
-        code_version="1",
-        pool=pool,
-        retry_policy=KILLED_IS_REPEATED,
-        metadata=meta.spec_metadata(schemas.TRAINING_METRICS),
+        partition=recipe.name,
+        device="gpu",
+        tags={"polyphony/objective": recipe.objective.name, "polyphony/pairs": recipe.policy.name},
     )
-    def trained(context: dg.AssetExecutionContext, polyphony: Polyphony) -> dg.MaterializeResult:
+    trajectories = [dg.AssetKey(["trajectories", recipe.name])] if _has_trajectories(recipe) else []
+
+    @dg.multi_asset(
+        name=f"trained__{recipe.name}",
+        specs=[dg.AssetSpec(key, deps=[*_dependencies(recipe), *trajectories], **arguments)],
+        check_specs=check_specs(key, table),
+        # A dry run yields nothing: only what can be a subset may do so.
+        can_subset=True,
+        **_launched(specs.config),
+    )
+    def trained(
+        context: dg.AssetExecutionContext, config: forms.TrainingOptions, polyphony: Polyphony
+    ) -> Iterator[dg.MaterializeResult]:
         from trainers.steps import Training
 
         with only_kills_are_repeated():
-            config, store = polyphony.config, polyphony.store
-            run = Training(store, config, context.log.info).run(recipe.name)
+            present, store = polyphony.config, polyphony.store
+            training = Training(store, present, context.log.info)
+            if config.dry_run:
+                _tell_plan(context, key, training, recipe.name)
+                return
+            run = training.run(recipe.name)
             existing = run.finished()
             if existing is None:
-                _run_trainer(context, config, "train", recipe.name, run.folder / "log.txt", _observer(context, key))
+                _run_trainer(context, present, "train", recipe.name, run.folder / "log.txt", _observer(context, key))
             else:
                 context.log.info("unchanged, nothing to train")
             finished = existing or run.finished()
@@ -144,9 +169,20 @@ def _trained(recipe: Recipe, pool: str) -> dg.AssetsDefinition:
                     f"{recipe.name}: the trainer ended without committing its model; see {run.folder / 'log.txt'}",
                     allow_retries=False,
                 )
-            return dg.MaterializeResult(metadata=_metadata(store, recipe.name, finished, existing is not None))
+            metadata = _metadata(store, recipe.name, finished, existing is not None)
+            found = checks.results(store, present, key, table, [finished.metrics])
+            yield dg.MaterializeResult(asset_key=key, metadata=metadata, check_results=found)
 
     return trained
+
+
+def _tell_plan(context: dg.AssetExecutionContext, key: dg.AssetKey, training: "Training", recipe: str) -> None:
+    """Show the dry run in the log and on the asset's page."""
+    from trainers import plan
+
+    text = plan.describe(plan.plan(training.run(recipe, is_plan=True)))
+    context.log.info(text)
+    context.log_event(dg.AssetObservation(key, metadata={"plan": dg.MetadataValue.md(f"```\n{text}\n```")}))
 
 
 def _observer(context: dg.AssetExecutionContext, key: dg.AssetKey) -> Callable[[dict[str, Any]], None]:
@@ -179,14 +215,15 @@ def _metadata(store: Store, recipe: str, finished: "Trained", is_unchanged: bool
     from trainers import report
 
     metrics = store.read(schemas.TRAINING_METRICS, recipe)
+    validations = store.read(schemas.TRAINING_VALIDATIONS, recipe)
     last = metrics.tail(max(1, len(metrics) // 4))
     return {
         **meta.of_builts(store, schemas.TRAINING_METRICS, [finished.metrics]),
         **meta.numbers(_known(last.select("loss", "implicit_accuracy", "pairs_per_second").mean())),
-        **meta.numbers(_last_validation(store, recipe)),
+        **meta.numbers(_last_validation(validations)),
         "model": dg.MetadataValue.path(str(finished.model)),
         "pairs": finished.metrics.manifest.extra["pairs"],
-        "curves": meta.picture(report.training_plot(metrics, recipe), "curves"),
+        "curves": meta.picture(report.training_plot(metrics, recipe, validations), "curves"),
         meta.REUSED: dg.MetadataValue.bool(is_unchanged),
     }
 
@@ -195,7 +232,6 @@ def _known(means: pl.DataFrame) -> dict[str, float]:
     return {k: v for k, v in means.row(0, named=True).items() if v is not None}
 
 
-def _last_validation(store: Store, recipe: str) -> dict[str, float]:
-    frame = store.read(schemas.TRAINING_VALIDATIONS, recipe)
+def _last_validation(frame: pl.DataFrame) -> dict[str, float]:
     last = frame.filter(pl.col("step") == pl.col("step").max())
     return {f"validation_{k}": v for k, v in last.select("metric", "value").rows()}

@@ -205,7 +205,7 @@ class Run:
 
 
 def print_json(row: dict[str, Any]) -> None:
-    """Report a row as one line of JSON, as a launcher reads it."""
+    """Report a row as one line of JSON."""
     print(json.dumps(row), flush=True)
 
 

@@ -1,5 +1,6 @@
 """Training as an asset: a real trainer, killed."""
 
+import contextlib
 import json
 import signal
 import threading
@@ -51,10 +52,11 @@ def kill_trainer_in_the_middle(home, killed):
             break
         time.sleep(0.02)
     for process in psutil.Process().children(recursive=True):
-        words = process.cmdline()
-        if words[:4][-2:] == ["-m", "trainers.train"]:
-            process.send_signal(signal.SIGKILL)
-            killed.append(process.pid)
+        # Some end by themselves meanwhile.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.cmdline()[2:4] == ["-m", "trainers.train"]:
+                process.send_signal(signal.SIGKILL)
+                killed.append(process.pid)
 
 
 def test_a_killed_trainer_is_repeated_by_itself_and_resumes_from_its_checkpoint(home):
