@@ -49,7 +49,7 @@ ui: setup home  ## the Dagster UI over the demo's own instance, on 127.0.0.1:$(P
 	@mkdir -p "$(POLYPHONY_HOME)/store/pairs"
 	@$(BIN)/python -m http.server 3001 --bind 127.0.0.1 --directory "$(POLYPHONY_HOME)/store/pairs" >/dev/null 2>&1 & \
 	trap "kill $$! 2>/dev/null" EXIT; \
-	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dg dev --host 127.0.0.1 --port $(PORT)
+	$(OFFLINE) VIRTUAL_ENV="$(abspath $(VENV))" PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dg dev --host 127.0.0.1 --port $(PORT)
 
 test: setup  ## the default tests
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu and not reference"

@@ -17,6 +17,8 @@ from pipelines.config import Config
 PUBLISHED = tuple(dg.AssetKey(t) for t in ("active_scores", "consensus", "preferences", "leaderboard"))
 """What people read: these become overdue."""
 MESSAGES_PER_TICK = 10
+SECONDS_PER_TICK = 15.0
+"""After which no further message is begun: a tick that takes a minute is cut off, and would tell all of them again."""
 ERRORS = 5
 ERROR_CHARACTERS = 600
 _NO_WEBHOOK = dg.SkipReason(
@@ -48,8 +50,8 @@ def run_failure_alert(context: dg.SensorEvaluationContext, polyphony: Polyphony)
     if cursor is None:
         newest = context.instance.fetch_run_status_changes(dg.DagsterEventType.RUN_FAILURE, limit=1)
         return dg.SensorResult(skip_reason="runs that fail from now on are told", cursor=newest.cursor)
-    told = 0
-    while told < MESSAGES_PER_TICK:
+    told, started = 0, time.monotonic()
+    while told < MESSAGES_PER_TICK and (not told or time.monotonic() - started < SECONDS_PER_TICK):
         found = context.instance.fetch_run_status_changes(
             dg.DagsterEventType.RUN_FAILURE, limit=1, cursor=cursor, ascending=True
         )

@@ -36,6 +36,14 @@ def result(key: "dg.CoercibleToAssetKey", finding: checks.Finding) -> dg.AssetCh
     )
 
 
+def can_be_read(found: Iterable[dg.AssetCheckResult]) -> bool:
+    """Return whether a table's file is what its commit says, so that what is shown of it can be read from it.
+
+    Of a damaged one the check is to be told, and not an error of whoever reads it.
+    """
+    return all(r.passed for r in found if r.check_name == "schema")
+
+
 def build_checks() -> list[dg.AssetChecksDefinition]:
     """Return the checks that are no part of a materialization."""
 

@@ -134,7 +134,7 @@ def tell(store: Store, is_as_shipped: bool, reused: int, total: int, seconds: fl
     print(f"Look:   {store.path('report.png')}")
     print(f"        {store.path('pairs', 'index.html')}   (pairs that people and scorers disagree on, in a browser)")
     print(f"        {store.path(label_card.FILE)}   (who voted, agreement, what each pair policy drops)")
-    print("          make ui   (runs, lineage, metadata, sample pictures; http://127.0.0.1:3000)")
+    print("        make ui   (runs, lineage, metadata, sample pictures; http://127.0.0.1:3000)")
     return 1 if broken else 0
 
 

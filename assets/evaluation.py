@@ -94,11 +94,14 @@ def _leaderboard(specs: Specs, recipes: list[str]) -> dg.AssetsDefinition:
 
         config, store = polyphony.config, polyphony.store
         built = Training(store, config, context.log.info).leaderboard()
+        found = checks.results(store, config, "leaderboard", schemas.LEADERBOARD, [built])
+        if not checks.can_be_read(found):
+            return dg.MaterializeResult(
+                metadata=meta.of_builts(store, schemas.LEADERBOARD, [built]), check_results=found
+            )
         board = store.read(schemas.LEADERBOARD)
         store.write_views()
-        gains = {
-            f"gain_sd_{r['model']}_{r['scorer']}".replace(":", "_"): r["gain_sd"] for r in board.iter_rows(named=True)
-        }
+        gains = {f"gain_sd {r['model']} {r['scorer']}": r["gain_sd"] for r in board.iter_rows(named=True)}
         return dg.MaterializeResult(
             metadata={
                 **meta.of_builts(store, schemas.LEADERBOARD, [built]),
@@ -107,7 +110,7 @@ def _leaderboard(specs: Specs, recipes: list[str]) -> dg.AssetsDefinition:
                 "gains": meta.picture(report.leaderboard_plot(board), "gains"),
                 "samples": meta.picture(report.sample_grid(store, recipes), "samples, base first"),
             },
-            check_results=checks.results(store, config, "leaderboard", schemas.LEADERBOARD, [built]),
+            check_results=found,
         )
 
     return leaderboard

@@ -20,10 +20,15 @@ class ShardOptions(dg.Config):
     """How many of the selected shards one run does."""
 
     limit: int = Field(
-        default=0, ge=0, description="At most so many shards that are not done yet; 0: all that are selected."
+        default=0,
+        ge=0,
+        description="At most so many shards that are not done yet; 0: all that are selected. A backfill counts those that "
+        "are left as failed: they are not materialized.",
     )
     dry_run: bool = Field(
-        default=False, description="Only say what is to be done: nothing is written, nothing counts as materialized."
+        default=False,
+        description="Only say, in the log, what is to be done: nothing is written. A backfill counts all shards as failed, "
+        "for nothing is materialized.",
     )
 
 

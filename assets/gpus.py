@@ -63,7 +63,7 @@ def visible(progress: Callable[[str], None] = lambda message: None) -> list[str]
         names = [name.strip() for name in chosen.split(",")]
         # CUDA stops at the first that is no device.
         end = next((i for i, name in enumerate(names) if name in ("", "-1")), len(names))
-        return names[:end]
+        return list(dict.fromkeys(names[:end]))
     return list(_uuids(progress).values())
 
 
@@ -212,8 +212,10 @@ class _Locks:
         return ", ".join(said)
 
     def _path(self, name: str) -> Path:
-        # An index and a UUID may name the same GPU.
-        return self._folder / f"{self._uuids.get(name, name).replace('/', '_')}.lock"
+        # An index, a UUID and the beginning of a UUID may name the same GPU.
+        begun = (uuid for uuid in self._uuids.values() if name.startswith("GPU-") and uuid.startswith(name))
+        known = self._uuids.get(name) or next(begun, name)
+        return self._folder / f"{known.replace('/', '_')}.lock"
 
     def _open(self, name: str) -> int:
         path, flags = self._path(name), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC

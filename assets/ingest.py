@@ -15,6 +15,7 @@ from pipelines import catalogue as catalogue_of
 from pipelines import ingest, schemas
 from pipelines.config import Config
 from pipelines.sources import SourceError
+from pipelines.tables import Built
 from pipelines.world import raw
 
 SHARD_TABLES = ingest.TABLES
@@ -78,35 +79,41 @@ def _ingested(specs: Specs) -> dg.AssetsDefinition:
             config,
             lambda key: key in shards and ingest.is_ingested(store, plans[shards[key].source], shards[key]),
         )
-        done: dict[str, list] = {t.name: [] for t in SHARD_TABLES}
+        selected, done = set(context.partition_keys), {t.name: list[Built]() for t in SHARD_TABLES}
         failed: list[str] = []
         for i, key in enumerate(chosen.keys):
             if key not in shards:
                 failed.append(f"{key}: no file of the configured sources has this shard any more")
                 continue
             try:
-                built = ingest.ingest_shard(store, plans[shards[key].source], shards[key], context.log.info)
+                of_shard = ingest.ingest_shard(store, plans[shards[key].source], shards[key], context.log.info)
             except SourceError as error:
                 failed.append(str(error))
                 continue
             for table in SHARD_TABLES:
-                done[table.name].append(built[table.name])
-                chosen.tell(table.name, key, meta.partition_metadata(store, table, built[table.name]))
-            votes = built["votes"]
+                done[table.name].append(of_shard[table.name])
+            votes = of_shard["votes"]
             context.log.info(
                 f"{i + 1}/{len(chosen.keys)} {key}: {votes.manifest.rows} votes"
                 + (", unchanged" if votes.is_reused else "")
             )
-        if failed:
-            raise dg.Failure(f"{len(failed)} of {len(chosen.keys)} shards failed: " + "; ".join(failed))
+        # Where files are bad, what is done of the others is shown all the same.
+        told = chosen if not failed else forms.ShardChoice(context, chosen.keys, is_whole=False)
         for table in SHARD_TABLES:
             builts = done[table.name]
+            for built in builts:
+                told.tell(table.name, built.manifest.partition, meta.partition_metadata(store, table, built))
+            if config.dry_run:
+                # A check of nothing would pass, in place of what the last run found.
+                builts = [Built(m, True) for m in store.manifests(table.name) if m.partition in selected]
             found = checks.results(store, present, table.name, table, builts)
-            if chosen.is_whole:
+            if told.is_whole:
                 metadata = meta.of_builts(store, table, builts)
                 yield dg.MaterializeResult(asset_key=table.name, metadata=metadata, check_results=found)
             else:
                 yield from found
+        if failed:
+            raise dg.Failure(f"{len(failed)} of {len(chosen.keys)} shards failed: " + "; ".join(failed))
 
     return ingested
 
@@ -160,6 +167,9 @@ def _accounting(specs: Specs) -> dg.AssetsDefinition:
         shards = [s for s in listed if s.key in keys]
         layouts = {name: how.source.layout for name, how in ingest.plans(config, listed).items()}
         built = accounting_of.build(store, shards, layouts)
+        found = checks.results(store, config, table.name, table, [built])
+        if not checks.can_be_read(found):
+            return dg.MaterializeResult(metadata=meta.of_builts(store, table, [built]), check_results=found)
         report = store.read(table)
         total = report.filter(pl.col("source") == accounting_of.ALL).row(0, named=True)
         context.log.info(
@@ -173,7 +183,7 @@ def _accounting(specs: Specs) -> dg.AssetsDefinition:
                 "report": dg.MetadataValue.md(accounting_of.as_markdown(report)),
                 "plot": meta.picture(accounting_of.plot(report), "What came in, and what counts"),
             },
-            check_results=checks.results(store, config, table.name, table, [built]),
+            check_results=found,
         )
 
     return accounting

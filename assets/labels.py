@@ -84,7 +84,11 @@ def _label(name: str, specs: Specs) -> dg.AssetsDefinition:
         config, store = polyphony.config, polyphony.store
         built = getattr(steps.Labels(store, config, catalogue.shard_keys(store)), name)()
         context.log.info(f"{built.manifest.rows} rows" + (", unchanged" if built.is_reused else ""))
-        facts = {**meta.of_builts(store, table, [built]), **meta.numbers(_facts(name, store.scan(table)))}
+        facts = meta.of_builts(store, table, [built])
+        found = checks.results(store, config, name, schemas.TABLES[name], [built])
+        if not checks.can_be_read(found):
+            return dg.MaterializeResult(metadata=facts, check_results=found)
+        facts |= meta.numbers(_facts(name, store.scan(table)))
         if name in _PAGES:
             facts["pairs"] = meta.page(store, config, f"{_PAGES[name]}.html")
         if name == "consensus":
@@ -97,9 +101,7 @@ def _label(name: str, specs: Specs) -> dg.AssetsDefinition:
         if note := learned.get("calibration_note"):
             facts["calibration"] = dg.MetadataValue.text(str(note))
             facts |= meta.numbers({f"lesson_{k}": learned[k] for k in ("targets", "share", "ece", "share_clamped")})
-        return dg.MaterializeResult(
-            metadata=facts, check_results=checks.results(store, config, name, schemas.TABLES[name], [built])
-        )
+        return dg.MaterializeResult(metadata=facts, check_results=found)
 
     return label
 
@@ -120,15 +122,14 @@ def _drift(specs: Specs) -> dg.AssetsDefinition:
         """What new revisions changed on the same pairs: accuracy of every scorer, labels of the consensus."""
         config, store = polyphony.config, polyphony.store
         built = steps.Labels(store, config, catalogue.shard_keys(store)).drift()
-        table = store.read(schemas.DRIFT)
-        shown = {**meta.numbers(_drifted(table)), "plot": meta.picture(plots.drift(table), "on the frozen sample")}
         for t in _DRIFT_TABLES:
-            more = shown if t is schemas.DRIFT else {}
-            yield dg.MaterializeResult(
-                asset_key=t.name,
-                metadata={**meta.of_builts(store, t, [built[t.name]]), **more},
-                check_results=checks.results(store, config, t.name, t, [built[t.name]]),
-            )
+            found = checks.results(store, config, t.name, t, [built[t.name]])
+            facts = meta.of_builts(store, t, [built[t.name]])
+            if t is schemas.DRIFT and checks.can_be_read(found):
+                table = store.read(t)
+                facts |= meta.numbers(_drifted(table))
+                facts["plot"] = meta.picture(plots.drift(table), "on the frozen sample")
+            yield dg.MaterializeResult(asset_key=t.name, metadata=facts, check_results=found)
 
     return drift
 

@@ -19,9 +19,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,23 +29,31 @@ from typing import Any
 
 import dagster as dg
 import psutil
+from dagster_pipes import PipesDefaultMessageWriter
 
 from assets import gpus, supervisor
 from pipelines.config import CONFIG_VARIABLE, Config
 
-# Dagster warns of a detail of its own that every Pipes session touches.
-warnings.filterwarnings("ignore", category=dg.PreviewWarning, message=".*expected_writer_count.*")
-
 TAIL_LINES = 30
 POLL_SECONDS = 0.1
+LINE_BYTES = 8192
+"""A longer line is shown as several."""
+BURST_LINES, LINES_PER_SECOND = 1000, 5
+"""Of what a process prints: each is an event in Dagster's log, which takes some milliseconds and stays there."""
+_READ_BYTES = 4_000_000
+_KEPT_LINES = 500
 KILLED_IS_REPEATED = dg.RetryPolicy(max_retries=1)
 """For assets that start processes, beside `only_kills_are_repeated`: the step whose worker was killed runs once more."""
 _MARK = "POLYPHONY_LAUNCH"
 """In the environment of a process and of all that it starts: what is left of it can be found without its supervisor."""
 _DAGSTERS = re.compile(r"(dagster|dg)([-_.].*)?")
 _DAEMONS = ("dagster-daemon", "dagster._daemon")
+_TORCHRUN = re.compile(r"[A-Z]\d{4} .*torch/distributed/elastic/multiprocessing/api\.py:\d+\] ")
+_ROOT_CAUSE = "Root Cause (first observed failure):"
 _KILLED_RANK = re.compile(r"Signal (\d+) \(SIG\w+\) received by PID \d+")
-"""How torchrun, which ends with status 1 itself, tells of a rank that was killed."""
+"""How torchrun, which ends with status 1 itself, tells of a rank that was killed; of those that it ended, too."""
+_KILLED_WORKER = "error: a scoring worker died"
+"""How `python -m pipelines score` begins to tell of it."""
 
 
 class DagsterExecutionInterruptedError(dg.DagsterExecutionInterruptedError, dg.DagsterError):
@@ -118,12 +126,12 @@ class ProcessClient(dg.PipesClient):
                 device, processes, holder=f"(run {context.run.run_id}, step {step})", progress=context.log.info
             ) as found,
             dg.open_pipes_session(
-                context, dg.PipesTempFileContextInjector(), dg.PipesTempFileMessageReader(), extras=extras
+                _without_results(context), dg.PipesTempFileContextInjector(), reader := _MessageReader(), extras=extras
             ) as session,
         ):
             if found.gpus:
                 context.log.info(f"GPUs of this step: {', '.join(found.gpus)}")
-            seen = 0
+            tell = _Throttle(context.log.info, log_file)
             with _Process(
                 [sys.executable, "-u", "-m", module, *arguments],
                 {**os.environ, **given, **found.environment, **session.get_bootstrap_env_vars()},
@@ -134,17 +142,13 @@ class ProcessClient(dg.PipesClient):
                     # Asked first, so that what it said before its end is not missed.
                     has_ended = process.has_ended()
                     for line in process.lines():
-                        context.log.info(line)
-                    messages = session.get_custom_messages()[seen:]
-                    seen += len(messages)
-                    for message in messages:
+                        tell(line)
+                    for message in reader.custom():
                         on_message(message)
                     if has_ended:
                         break
                     time.sleep(POLL_SECONDS)
-        # The reader of messages has read to the end when the session is closed.
-        for message in session.get_custom_messages()[seen:]:
-            on_message(message)
+            tell.left_out()
         process.check(f"{module} {' '.join(arguments)}".strip())
         return dg.PipesClientCompletedInvocation(session)
 
@@ -164,8 +168,93 @@ def launch_folder(config: Config, run_id: str) -> Path:
 
 def _write_config(config: Config, run_id: str, step: str) -> Path:
     file = launch_folder(config, run_id) / f"{step}.json"
-    file.write_text(config.model_dump_json(indent=1))
+    staged = file.with_name(f".{file.name}.staged")
+    staged.unlink(missing_ok=True)
+    # Options of a filesystem may be credentials.
+    staged.touch(mode=0o600)
+    staged.write_text(config.model_dump_json(indent=1))
+    staged.replace(file)
     return file.resolve()
+
+
+class _ContextWithoutResults(dg.AssetExecutionContext):
+    """A step that may end well without a result of every asset, as one with a limit does; Pipes would forbid it."""
+
+    def set_requires_typed_event_stream(self, *, error_message: str | None = None) -> None:
+        """Do nothing."""
+
+
+def _without_results(
+    context: dg.AssetExecutionContext | dg.OpExecutionContext,
+) -> dg.AssetExecutionContext | dg.OpExecutionContext:
+    is_of_assets = isinstance(context, dg.AssetExecutionContext)
+    return _ContextWithoutResults(context.op_execution_context) if is_of_assets else context
+
+
+class _MessageReader(dg.PipesMessageReader):
+    """The messages of a process, read when somebody asks for them.
+
+    Dagster's own reader takes a message for whole that is half written and stops there, and keeps all custom messages.
+    """
+
+    def __init__(self) -> None:
+        self._unfinished = b""
+
+    @contextlib.contextmanager
+    def read_messages(self, handler: Any) -> Iterator[dict[str, Any]]:
+        """Give the process a file to write its messages to."""
+        self._handler = handler
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "messages"
+            path.touch()
+            with path.open("rb") as self._file:
+                yield {PipesDefaultMessageWriter.FILE_PATH_KEY: str(path)}
+
+    def custom(self) -> Iterator[Any]:
+        """Yield the custom messages since the last call; others go to Dagster."""
+        while line := self._file.readline():
+            self._unfinished += line
+            if not line.endswith(b"\n"):
+                return
+            message, self._unfinished = json.loads(self._unfinished), b""
+            if message["method"] == "report_custom_message":
+                yield message["params"]["payload"]
+            else:
+                self._handler.handle_message(message)
+
+    @property
+    def expected_writer_count(self) -> int:
+        """Return how many processes write: the first rank alone. Dagster warns of its own default."""
+        return 1
+
+    def no_messages_debug_text(self) -> str:
+        """Return where messages were looked for."""
+        return "Looked for messages in a temporary file."
+
+
+class _Throttle:
+    """Passes on lines to the step's log; not more than it can take, and how many were left out."""
+
+    def __init__(self, log: Callable[[str], None], log_file: Path) -> None:
+        self._log, self._log_file = log, log_file
+        self._allowed, self._at, self._skipped = float(BURST_LINES), time.monotonic(), 0
+
+    def __call__(self, line: str) -> None:
+        now = time.monotonic()
+        self._allowed = min(BURST_LINES, self._allowed + (now - self._at) * LINES_PER_SECOND)
+        self._at = now
+        if self._allowed < 1:
+            self._skipped += 1
+            return
+        self._allowed -= 1
+        self.left_out()
+        self._log(line)
+
+    def left_out(self) -> None:
+        """Say how many lines were not passed on since the last one."""
+        if self._skipped:
+            self._log(f"... {self._skipped} lines are in {self._log_file} alone")
+        self._skipped = 0
 
 
 class _Process:
@@ -176,7 +265,7 @@ class _Process:
     ) -> None:
         self._log_file, self._mark = log_file, uuid.uuid4().hex
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        self._tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self._last: deque[str] = deque(maxlen=_KEPT_LINES)
         self._unfinished = b""
         self._ours, theirs = socket.socketpair()
         try:
@@ -223,15 +312,20 @@ class _Process:
         return self._supervisor.poll() is not None
 
     def lines(self) -> Iterator[str]:
-        """Yield what was printed since the last call, line by line, but for empty lines."""
-        *complete, rest = (self._unfinished + self._log.read()).split(b"\n")
-        if self.has_ended():
-            complete, rest = [*complete, rest], b""
-        self._unfinished = rest
-        for raw in complete:
-            line = raw.decode(errors="replace").rstrip()
+        """Yield what was printed since the last call (some of it, where that is much), but for empty lines."""
+        is_over, read = self.has_ended(), 0
+        while is_over or read < _READ_BYTES:
+            piece = self._log.readline(LINE_BYTES - len(self._unfinished))
+            read += len(piece)
+            raw = self._unfinished + piece
+            if not raw or not (is_over or raw.endswith(b"\n") or len(raw) == LINE_BYTES):
+                self._unfinished = raw
+                return
+            self._unfinished = b""
+            # Of a progress bar, what a terminal would show.
+            line = raw.decode(errors="replace").rstrip().rpartition("\r")[2]
             if line:
-                self._tail.append(line)
+                self._last.append(line)
                 yield line
 
     def check(self, what: str) -> None:
@@ -241,10 +335,11 @@ class _Process:
             raise DagsterExecutionInterruptedError(f"`{what}` was ended: {self._end['why']}; log {self._log_file}")
         if status == 0:
             return
-        killed = [int(n) for n in _KILLED_RANK.findall("\n".join(self._tail))] if status > 0 else [-status]
-        how = f"was killed by {signal.Signals(killed[0]).name}" if killed else f"ended with status {status}"
+        tail, cause = _without_torchrun(list(self._last))
+        killed = [f"by {signal.Signals(-status).name}"] if status < 0 else _killed_parts(tail, cause)
+        how = f"was killed {killed[0]}" if killed else f"ended with status {status}"
         failure = dg.Failure(
-            f"`{what}` {how}; log {self._log_file}; its tail:\n" + "\n".join(self._tail),
+            f"`{what}` {how}; log {self._log_file}; its tail:\n" + "\n".join([*tail[-TAIL_LINES:], *cause]),
             metadata={"log": dg.MetadataValue.path(str(self._log_file.resolve())), "status": status},
             allow_retries=False,
         )
@@ -269,6 +364,19 @@ class _Process:
                     process.kill()
             if not psutil.wait_procs(found, timeout=supervisor.GRACE_SECONDS)[0]:
                 return
+
+
+def _without_torchrun(lines: list[str]) -> tuple[list[str], list[str]]:
+    """Return what was printed before torchrun's own report, and what that says of the rank that failed first."""
+    began = next((i for i, line in enumerate(lines) if _TORCHRUN.match(line)), len(lines))
+    cause = next((i for i, line in enumerate(lines) if _ROOT_CAUSE in line), len(lines))
+    return lines[: min(began, cause)], lines[cause:]
+
+
+def _killed_parts(tail: list[str], cause: list[str]) -> list[str]:
+    """Return by what parts of a process were killed that then ended by itself."""
+    ranks = [f"by {signal.Signals(int(n)).name}" for n in _KILLED_RANK.findall("\n".join(cause))]
+    return ranks + ["in part" for line in tail if line.startswith(_KILLED_WORKER)]
 
 
 def _carries(process: psutil.Process, mark: str) -> bool:

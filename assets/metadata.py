@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import dagster as dg
@@ -17,6 +17,8 @@ from pipelines.tables import Built, Store
 REUSED = "polyphony/is_unchanged"
 """Metadata key: true where everything lay there already, made from the same inputs."""
 MAX_PICTURE_BYTES = 50_000
+DIGITS = 6
+"""Of a fraction that is shown."""
 
 
 def column_schema(table: schemas.Table) -> dg.TableSchema:
@@ -41,8 +43,16 @@ def spec_metadata(table: schemas.Table) -> dict[str, Any]:
 
 
 def of_builts(store: Store, table: schemas.Table, builts: Iterable[Built]) -> dict[str, Any]:
-    """Return the metadata of the partitions that one materialization made or found."""
+    """Return the metadata of the partitions that one materialization made or found; the row count is the asset's."""
     builts = list(builts)
+    rows = sum(b.manifest.rows for b in builts)
+    if builts and table.cut_by.endswith("shard"):
+        # What the asset holds is more than what one run did of it.
+        rows = sum(m.rows for m in store.manifests(table.name, builts[0].manifest.partition.rpartition("/")[0]))
+    return {"dagster/row_count": rows, **_of_run(store, table, builts)}
+
+
+def _of_run(store: Store, table: schemas.Table, builts: Sequence[Built]) -> dict[str, Any]:
     manifests = [b.manifest for b in builts]
     statuses: dict[str, int] = {}
     for manifest in manifests:
@@ -51,8 +61,8 @@ def of_builts(store: Store, table: schemas.Table, builts: Iterable[Built]) -> di
     rejected = {k: v for k, v in statuses.items() if k != "ok"}
     uri = store.data_path(table.name, manifests[0].partition) if len(manifests) == 1 else store.path(table.name)
     return {
-        "dagster/row_count": sum(m.rows for m in manifests),
         "dagster/uri": uri,
+        "rows_of_run": sum(m.rows for m in manifests),
         "bytes": sum(m.bytes for m in manifests),
         "seconds": float(sum(b.manifest.seconds for b in builts if not b.is_reused)),
         "fingerprint": manifests[0].fingerprint if len(manifests) == 1 else f"{len(manifests)} partitions",
@@ -65,9 +75,7 @@ def of_builts(store: Store, table: schemas.Table, builts: Iterable[Built]) -> di
 
 def partition_metadata(store: Store, table: schemas.Table, built: Built) -> dict[str, Any]:
     """Return the metadata of one shard of a table."""
-    metadata = of_builts(store, table, [built])
-    metadata["dagster/partition_row_count"] = metadata.pop("dagster/row_count")
-    return metadata
+    return {**_of_run(store, table, [built]), "dagster/partition_row_count": built.manifest.rows}
 
 
 def picture(png: bytes, name: str) -> dg.MarkdownMetadataValue:
@@ -92,5 +100,9 @@ def page(store: Store, config: Config, name: str) -> dg.MetadataValue:
 
 
 def numbers(values: Mapping[str, float | int | None]) -> dict[str, dg.MetadataValue]:
-    """Return the numbers that are known as metadata that plots over time."""
-    return {k: dg.MetadataValue.float(float(v)) for k, v in values.items() if v is not None}
+    """Return the numbers that are known as metadata that plots over time; counts whole, fractions as DIGITS say."""
+    return {k: dg.MetadataValue.float(_rounded(float(v))) for k, v in values.items() if v is not None}
+
+
+def _rounded(value: float) -> float:
+    return value if value.is_integer() else float(f"{value:.{DIGITS}g}")

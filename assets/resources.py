@@ -14,6 +14,7 @@ from assets import gpus
 from pipelines import config as configuration
 from pipelines import ingest
 from pipelines.config import Config
+from pipelines.scoring import devices
 from pipelines.sources import Shard
 from pipelines.tables import Store
 
@@ -21,11 +22,12 @@ from pipelines.tables import Store
 class TiePolicy(enum.Enum):
     """The tie policies, and the configuration's own."""
 
-    CONFIGURED = "configured"
-    DROP = "drop"
-    HUMAN = "human"
-    TIE_BREAKER = "tie_breaker"
-    KEEP_ORDER = "keep_order"
+    # The launchpad shows and takes the names.
+    configured = "configured"
+    drop = "drop"
+    human = "human"
+    tie_breaker = "tie_breaker"
+    keep_order = "keep_order"
 
 
 class Polyphony(dg.ConfigurableResource):
@@ -39,7 +41,7 @@ class Polyphony(dg.ConfigurableResource):
         default="", description="TOML file; empty: $POLYPHONY_CONFIG, else the embedded small world."
     )
     tie_policy: TiePolicy = Field(
-        default=TiePolicy.CONFIGURED,
+        default=TiePolicy.configured,
         description="What decides a pair on which the scorers' votes are even, instead of labels.tie_policy.",
     )
     training_steps: int = Field(
@@ -57,7 +59,7 @@ class Polyphony(dg.ConfigurableResource):
             ConfigError: the file, or what the run says otherwise, is wrong.
         """
         config = configuration.load(self.config_file or None)
-        labels = {} if self.tie_policy is TiePolicy.CONFIGURED else {"tie_policy": self.tie_policy.value}
+        labels = {} if self.tie_policy is TiePolicy.configured else {"tie_policy": self.tie_policy.value}
         chosen = {"steps": self.training_steps, "batch_size": self.training_batch_size}
         training = {name: value for name, value in chosen.items() if value}
         return configuration.changed(config, labels=labels, training=training)
@@ -66,7 +68,9 @@ class Polyphony(dg.ConfigurableResource):
     def on_device(self, part: Literal["scoring", "training"], progress: Callable[[str], None]) -> Iterator[Config]:
         """Take a device for a step that computes in this process; yield the configuration that names it."""
         config = self.config
-        with gpus.lease(getattr(config, part).device, progress=progress) as lease:
+        # A machine may have GPUs that this torch cannot use.
+        device = devices.resolve_device(getattr(config, part).device)
+        with gpus.lease(device, progress=progress) as lease:
             yield configuration.changed(config, **{part: {"device": lease.device}})
 
     @property

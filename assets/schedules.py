@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import dagster as dg
 
-from assets.jobs import EVERYTHING, INGEST, RESCORE
+from assets.jobs import EVERYTHING, INGEST, RELABEL, RESCORE
 from assets.partitions import SHARDS
 from assets.resources import Polyphony
 from assets.scores import score_key
@@ -27,7 +27,8 @@ UNFINISHED = [
 
 
 def build_schedules(config: Config) -> list[dg.ScheduleDefinition]:
-    """Return the schedule `rescoring`, at the configuration's time."""
+    """Return the schedules `rescoring` and `relabelling`, at the configuration's times."""
+    loaded = {s.name for s in config.scorers}
 
     @dg.schedule(
         job_name=RESCORE,
@@ -39,6 +40,11 @@ def build_schedules(config: Config) -> list[dg.ScheduleDefinition]:
     )
     def rescoring(context: dg.ScheduleEvaluationContext, polyphony: Polyphony) -> dg.SkipReason | list[dg.RunRequest]:
         due, problem = due_scores(polyphony)
+        # The configuration is read anew at every tick, the assets are those that the code location was loaded with.
+        if unloaded := [scorer for scorer, shards in due.items() if shards and scorer not in loaded]:
+            due = {scorer: shards for scorer, shards in due.items() if scorer not in unloaded}
+            new = f"not scored: {', '.join(unloaded)}, configured since the code location was loaded; reload it"
+            problem = "; ".join(filter(None, [problem, new]))
         if problem:
             context.log.warning(problem)
         partitions = context.instance.get_dynamic_partitions(str(SHARDS.name))
@@ -55,7 +61,16 @@ def build_schedules(config: Config) -> list[dg.ScheduleDefinition]:
             return dg.SkipReason("what is due is being scored by runs that are not finished")
         return dg.SkipReason("every catalogued shard has scores of the present revision of every scorer")
 
-    return [rescoring]
+    relabelling = dg.ScheduleDefinition(
+        name="relabelling",
+        job_name=RELABEL,
+        cron_schedule=config.automation.relabel_cron,
+        execution_timezone=config.automation.timezone,
+        default_status=dg.DefaultScheduleStatus.STOPPED,
+        description="Makes every label table again that is not current, also where no score was due (old weights came back, "
+        "options changed), and finds the others unchanged, so that published tables stay fresh.",
+    )
+    return [rescoring, relabelling]
 
 
 def due_scores(polyphony: Polyphony) -> tuple[dict[str, list[str]], str]:

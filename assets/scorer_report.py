@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import dagster as dg
 import polars as pl
@@ -16,6 +17,7 @@ from assets.specs import Specs, check_specs
 from pipelines import catalogue, schemas
 from pipelines.config import Config
 from pipelines.scoring import devices, precision, report
+from pipelines.tables import Store
 
 _TABLES = (schemas.SCORER_REPORT, schemas.SCORER_CORRELATION)
 
@@ -80,20 +82,24 @@ def _report(specs: Specs) -> dg.AssetsDefinition:
     def scorer_report(context: dg.AssetExecutionContext, polyphony: Polyphony) -> Iterator[dg.MaterializeResult]:
         config, store = polyphony.config, polyphony.store
         built = report.build(store, config, catalogue.shard_keys(store))
-        rows = store.read(schemas.SCORER_REPORT).filter(pl.col("source") == report.ALL)
-        accuracy = {f"accuracy_{name}": value for name, value in rows.select("scorer", "accuracy").iter_rows()}
-        context.log.info(", ".join(f"{n} {100 * v:.1f} %" for n, v in accuracy.items() if v is not None))
-        shown = {
-            **meta.numbers(accuracy),
-            "report": dg.MetadataValue.md(report.table_text(store)),
-            "picture": meta.picture(report.picture(store), "accuracy, likeness, scores by source"),
-        }
+        found = {t.name: checks.results(store, config, t.name, t, [built[t.name]]) for t in _TABLES}
+        # The report shows both.
+        can_be_read = all(map(checks.can_be_read, found.values()))
         for t in _TABLES:
-            more = shown if t is schemas.SCORER_REPORT else {}
-            yield dg.MaterializeResult(
-                asset_key=t.name,
-                metadata={**meta.of_builts(store, t, [built[t.name]]), **more},
-                check_results=checks.results(store, config, t.name, t, [built[t.name]]),
-            )
+            facts = meta.of_builts(store, t, [built[t.name]])
+            if t is schemas.SCORER_REPORT and can_be_read:
+                facts |= _shown(context, store)
+            yield dg.MaterializeResult(asset_key=t.name, metadata=facts, check_results=found[t.name])
 
     return scorer_report
+
+
+def _shown(context: dg.AssetExecutionContext, store: Store) -> dict[str, Any]:
+    rows = store.read(schemas.SCORER_REPORT).filter(pl.col("source") == report.ALL)
+    accuracy = {f"accuracy_{name}": value for name, value in rows.select("scorer", "accuracy").iter_rows()}
+    context.log.info(", ".join(f"{n} {100 * v:.1f} %" for n, v in accuracy.items() if v is not None))
+    return {
+        **meta.numbers(accuracy),
+        "report": dg.MetadataValue.md(report.table_text(store)),
+        "picture": meta.picture(report.picture(store), "accuracy, likeness, scores by source"),
+    }

@@ -118,11 +118,10 @@ def _results(
     if not chosen.is_whole:
         yield from found
         return
-    counts = plots.score_counts(store, [b.manifest.partition for b in builts])
-    metadata = {
-        **meta.of_builts(store, schemas.SCORES, builts),
-        "histogram": meta.picture(plots.score_histogram(counts, scorer), "scores by source"),
-    }
+    metadata = meta.of_builts(store, schemas.SCORES, builts)
+    if checks.can_be_read(found):
+        counts = plots.score_counts(store, [b.manifest.partition for b in builts])
+        metadata["histogram"] = meta.picture(plots.score_histogram(counts, scorer), "scores by source")
     yield dg.MaterializeResult(asset_key=key, metadata=metadata, check_results=found)
 
 
@@ -132,10 +131,13 @@ def _forecast(
     """Return what scoring these shards would take."""
     from pipelines.scoring import devices, forecast
 
-    places = devices.places(devices.resolve_device(config.scoring.device), config.scoring.workers)
+    device = devices.resolve_device(config.scoring.device)
+    places = devices.places(device, config.scoring.workers)
     threads = config.scoring.threads or max(1, batches.cores() // len(places))
     store = Store(config.store_location)
-    ahead = forecast.forecast(store, keys, scorers, device=places[0], threads=threads, progress=context.log.info)
+    # A scorer whose speed is not known is measured.
+    with gpus.lease(device, progress=context.log.info) as lease:
+        ahead = forecast.forecast(store, keys, scorers, device=lease.device, threads=threads, progress=context.log.info)
     return ahead.text(len(places))
 
 

@@ -37,6 +37,7 @@ class Stat(NamedTuple):
 
     state: str
     parent: int
+    group: int
     started: int
 
     @property
@@ -46,15 +47,15 @@ class Stat(NamedTuple):
 
 
 def stat(pid: int) -> Stat | None:
-    """Return what Linux knows of a process, None if there is none of that id."""
+    """Return what Linux knows of a process, None if there is none of that id, or none that we may see."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             text = file.read()
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
     # The name, in brackets, may hold anything, brackets too.
     fields = text[text.rindex(b")") + 2 :].split()
-    return Stat(fields[0].decode(), int(fields[1]), int(fields[19]))
+    return Stat(fields[0].decode(), int(fields[1]), int(fields[2]), int(fields[19]))
 
 
 def is_gone(pid: int, started: int) -> bool:
@@ -63,16 +64,17 @@ def is_gone(pid: int, started: int) -> bool:
     return found is None or not found.is_alive or found.started != started
 
 
-def descendants(pid: int) -> list[int]:
-    """Return the living processes below one."""
-    below: dict[int, list[int]] = {}
+def descendants(pid: int) -> dict[int, Stat]:
+    """Return the living processes below one, by their ids."""
+    below: dict[int, dict[int, Stat]] = {}
     for name in os.listdir("/proc"):
         if name.isdecimal() and (found := stat(int(name))) is not None and found.is_alive:
-            below.setdefault(found.parent, []).append(int(name))
-    found_all, todo = [], [pid]
+            below.setdefault(found.parent, {})[int(name)] = found
+    found_all: dict[int, Stat] = {}
+    todo = [pid]
     while todo:
-        children = below.get(todo.pop(), [])
-        found_all += children
+        children = below.get(todo.pop(), {})
+        found_all |= children
         todo += children
     return found_all
 
@@ -166,19 +168,28 @@ def _wait(
                 os.read(woken, 4096)
 
 
-def _reap(statuses: dict[int, int]) -> None:
-    with contextlib.suppress(ChildProcessError):
-        while True:
+def _reap(statuses: dict[int, int]) -> bool:
+    """Take the statuses of children that have ended; return whether there is no child any more."""
+    while True:
+        try:
             pid, status = os.waitpid(-1, os.WNOHANG)
-            if pid == 0:
-                return
-            statuses[pid] = status
+        except ChildProcessError:
+            return True
+        if pid == 0:
+            return False
+        # Another may get the id of one that has ended.
+        statuses.setdefault(pid, status)
 
 
-def _left(child: int) -> list[int]:
-    """Return what is to be ended, as `os.kill` takes it: processes, or a group."""
+def _left(child: int, number: int) -> list[int]:
+    """Return what is to be sent a signal, as `os.kill` takes it: processes, and for SIGKILL their groups; or a group."""
     if IS_LINUX:
-        return descendants(os.getpid())
+        found = descendants(os.getpid())
+        if number != signal.SIGKILL:
+            return list(found)
+        # A group dies at once: what forks and exits faster than we look has none of the ids that we saw, but its group.
+        groups = {s.group for s in found.values() if s.group > 1} - {os.getpgrp()}
+        return [*found, *(-group for group in groups)]
     try:
         os.kill(-child, 0)
     except (ProcessLookupError, PermissionError):
@@ -191,9 +202,10 @@ def _end_all(child: int, statuses: dict[int, int]) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         until, sent = time.monotonic() + GRACE_SECONDS, set[int]()
         while True:
-            _reap(statuses)
-            left = _left(child)
-            if not left:
+            is_childless = _reap(statuses)
+            left = _left(child, number)
+            # On Linux whatever is below us has an ancestor that is our child; a look alone may miss what forks meanwhile.
+            if not left and (is_childless or not IS_LINUX):
                 return
             for pid in left:
                 if pid not in sent or number == signal.SIGKILL:

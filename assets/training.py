@@ -196,7 +196,7 @@ def _observer(context: dg.AssetExecutionContext, key: dg.AssetKey) -> Callable[[
             if step != of and step - last_validation < of / VALIDATION_OBSERVATIONS:
                 return
             last_validation = step
-            found = {f"validation_{k}": v for k, v in row["validation"].items()}
+            found = {f"validation {k}": v for k, v in row["validation"].items()}
             context.log_event(dg.AssetObservation(key, metadata={"step": step, **meta.numbers(found)}))
         elif step % max(OBSERVE_EVERY_STEPS, math.ceil(of / STEP_OBSERVATIONS)) == 0 or step == of:
             numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k not in ("step", "of")}
@@ -234,4 +234,4 @@ def _known(means: pl.DataFrame) -> dict[str, float]:
 
 def _last_validation(frame: pl.DataFrame) -> dict[str, float]:
     last = frame.filter(pl.col("step") == pl.col("step").max())
-    return {f"validation_{k}": v for k, v in last.select("metric", "value").rows()}
+    return {f"validation {k}": v for k, v in last.select("metric", "value").rows()}

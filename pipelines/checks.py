@@ -432,10 +432,18 @@ def _drift_accuracy(seen: _Seen) -> Outcome:
     for column in ("accuracy", "points"):
         known = rows.drop_nulls(column).select("subject", column)
         numbers |= {f"{column}_{subject}": value for subject, value in known.iter_rows()}
-    gone = max(rows["pairs_gone"].to_list(), default=0)
+    gone, present = (
+        max(rows.select(pairs).to_series().to_list(), default=0)
+        for pairs in ("pairs_gone", pl.col("pairs") + pl.col("pairs_without_choice"))
+    )
+    if gone and not present:
+        problems = [
+            f"all {gone} pairs of the frozen sample left the store, so that nothing is measured; remove the folders "
+            f"frozen_sample and frozen_labels of the store, and another one is drawn"
+        ]
     said = f"no scorer's accuracy moved by more than {limit:g} points" if len(moved) else _NOTHING_BEFORE
     left = f"; {gone} pairs of the frozen sample left the store" if gone else ""
-    return Outcome(problems, said + left, numbers | {"pairs_gone": gone})
+    return Outcome(problems, said + left, numbers | {"pairs": present, "pairs_gone": gone})
 
 
 def _drift_consensus(seen: _Seen) -> Outcome:

@@ -262,6 +262,9 @@ class AutomationConfig(_Model):
     """What happens without a person. Schedules and the alert sensors are off until they are switched on in the UI."""
 
     rescore_cron: str = pydantic.Field("0 3 * * 0", description="when the re-scoring schedule looks for changed shards")
+    relabel_cron: str = pydantic.Field(
+        "0 9 * * 0", description="when the relabelling schedule makes every label table again that is not current"
+    )
     maintenance_cron: str = pydantic.Field("0 5 * * 0", description="when the maintenance schedule prunes")
     timezone: str = pydantic.Field("UTC", description="time zone of these")
     ingest_new_shards: bool = pydantic.Field(

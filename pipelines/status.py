@@ -17,6 +17,7 @@ from typing import Any
 
 from pipelines import accounting, catalogue, ingest, schemas, steps
 from pipelines.config import Config, ConfigError
+from pipelines.files import services_as_oserror
 from pipelines.scoring import batches, report
 from pipelines.scoring.batches import ScorerState
 from pipelines.sources import Shard, SourceError
@@ -271,8 +272,9 @@ class _Sources:
         for source in config.sources:
             try:
                 of_source = [s for s in self.shards if s.source == source.name]
-                self.plans[source.name] = ingest.plan(source, of_source, config.images, config.limits)
-            except SourceError as error:
+                with services_as_oserror(source.location):
+                    self.plans[source.name] = ingest.plan(source, of_source, config.images, config.limits)
+            except (SourceError, OSError) as error:
                 self.problems[source.name] = self.problems[source.name] or str(error)
         committed = store.manifests(schemas.VOTES.name) if self.unreadable else []
         blind = tuple(f"{name}." for name in self.unreadable)
@@ -505,9 +507,9 @@ class _Options(steps.Labels):
 
     def __init__(self, seen: _Seen) -> None:
         super().__init__(seen.store, seen.config, seen.catalogued)
+        catalogued = set(seen.catalogued)
         self._scored = {
-            s.name: [m for k, m in seen.active_scores(s.name).items() if k in set(seen.catalogued)]
-            for s in seen.config.scorers
+            s.name: [m for k, m in seen.active_scores(s.name).items() if k in catalogued] for s in seen.config.scorers
         }
 
     def of(self, name: str) -> dict[str, Any]:
@@ -570,18 +572,21 @@ def _old_before(name: str, causes: Mapping[str, str]) -> list[str]:
 
 
 def _label_lines(seen: _Seen) -> Iterable[Line]:
-    for name, old in _old_labels(seen).items():
+    found = _old_labels(seen)
+    for name, old in found.items():
         # What to do before stands in the lines above.
         yield line(name, name, {WHOLE: None if old is None else old.cause}, seen.of(name), _LABEL)
-    yield _drift_line(seen)
+    yield _drift_line(seen, found["consensus"])
 
 
-def _drift_line(seen: _Seen) -> Line:
-    """Return the line of drift: current where its latest measurement is of the present margins and consensus."""
+def _drift_line(seen: _Seen, old: _Old | None) -> Line:
+    """Return the line of drift: current where its latest measurement is of the present margins and consensus.
+
+    old: what is old of consensus.
+    """
     table, measured = schemas.FROZEN_LABELS, seen.of(schemas.FROZEN_LABELS.name)
     latest = max(measured.values(), key=lambda m: int(m.extra["measurement"]), default=None)
     inputs = seen.contents("frozen_sample") | seen.contents("margins") | seen.contents("consensus")
-    old = _old_labels(seen)["consensus"]
     why = old.cause if old is not None and latest is not None else why_old(table, latest, inputs, "", None)
     made = seen.of(schemas.DRIFT.name)
     if why is None and WHOLE not in made:

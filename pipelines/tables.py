@@ -110,13 +110,17 @@ class Store:
         """Return a JSON file of the store, or None if it is not there.
 
         Raises:
-            StoreError: elsewhere than on a local disk, the file was refused or its service failed.
+            StoreError: it is damaged; or, elsewhere than on a local disk, it was refused or its service failed.
         """
         try:
             # From its first byte: s3fs then asks once, not for the size before.
             return json.loads(self._fs.cat_file(f"{self._root}/{name}", start=0))
         except FileNotFoundError:
             return None
+        except ValueError as error:
+            raise StoreError(
+                f"{self.location}: {name} is damaged ({error}); remove it, and what it commits is made again"
+            ) from error
         except Exception as error:
             # Every service has errors of its own kinds.
             if self.is_local:

@@ -8,6 +8,7 @@ import time
 import dagster as dg
 import pytest
 
+import assets.alerts
 from assets.alerts import PUBLISHED, freshness, freshness_alert, run_failure_alert
 from assets.resources import Polyphony
 from pipelines import webhook
@@ -129,6 +130,17 @@ def test_a_message_that_cannot_be_posted_fails_the_tick_and_is_posted_by_a_later
     assert [m["run_id"] for m in listener.told] == runs[:1], "the second one could not be posted"
     sensor.tick()
     assert [m["run_id"] for m in listener.told] == runs
+
+
+def test_a_slow_service_is_told_one_message_per_tick_before_the_tick_is_cut_off(alerts, listener, monkeypatch):
+    monkeypatch.setattr(assets.alerts, "SECONDS_PER_TICK", 0.0)
+    sensor = alerts(run_failure_alert)
+    sensor.tick()
+    runs = [fail(sensor.instance) for _ in range(2)]
+    for told in (runs[:1], runs):
+        assert sensor.tick() == "1 failed runs told"
+        assert [m["run_id"] for m in listener.told] == told
+    assert sensor.tick() == "no run has failed"
 
 
 @pytest.mark.parametrize("sensor", [run_failure_alert, freshness_alert])

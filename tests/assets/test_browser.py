@@ -183,6 +183,7 @@ def test_the_asset_page_shows_its_rows_and_columns(ui, home, materialized):
     ui.open("/assets/consensus")
     ui.see("Row count")
     ui.see(f"{len(table):,}", exact=True)
+    ui.see("majority vote (BalancedDPO)")
     ui.see("Columns", exact=True)
     for column in table.columns[:6]:
         ui.see(column, exact=True)
@@ -230,6 +231,7 @@ def test_the_launchpad_of_training_describes_its_options(ui):
         ("minority", "/assets/minority", "minority_score"),
         ("leaderboard", "/assets/leaderboard?view=events", "diffusion_dpo"),
         ("trained", "/assets/trained/diffusion_dpo", "implicit_accuracy"),
+        ("store_status", "/assets/store_status?view=events", "tables are current"),
         ("jobs", "/jobs", "rescore"),
         ("automation", "/automation", "rescoring"),
         ("catalog", "/assets", "accounting"),

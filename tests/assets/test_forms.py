@@ -16,7 +16,9 @@ from pipelines.scoring import batches
 def project(tiny_config, tmp_path):
     """Return ingest(**options of the form) over the raw files of the tiny world, the instance, and the store."""
     file = tmp_path / "polyphony.json"
-    file.write_text(tiny_config.model_copy(update={"home": str(tmp_path), "store": "", "world": None}).model_dump_json())
+    file.write_text(
+        tiny_config.model_copy(update={"home": str(tmp_path), "store": "", "world": None}).model_dump_json()
+    )
     polyphony = Polyphony(config_file=str(file))
     instance = dg.DagsterInstance.ephemeral()
     keys = polyphony.shard_keys()
@@ -66,7 +68,7 @@ def test_options_of_a_run_are_those_of_all_its_steps(tiny_config, tmp_path):
     file.write_text(tiny_config.model_dump_json())
     plain = Polyphony(config_file=str(file))
     assert plain.config == configuration.load(file)
-    varied = Polyphony(config_file=str(file), tie_policy=TiePolicy.DROP, training_steps=7, training_batch_size=3).config
+    varied = Polyphony(config_file=str(file), tie_policy=TiePolicy.drop, training_steps=7, training_batch_size=3).config
     assert varied.labels.tie_policy == "drop"
     assert (varied.training.steps, varied.training.batch_size) == (7, 3)
     assert varied.model_dump(exclude={"labels", "training"}) == plain.config.model_dump(exclude={"labels", "training"})
@@ -76,7 +78,7 @@ def test_an_option_of_a_run_that_cannot_be_is_refused_by_name(tiny_config, tmp_p
     file = tmp_path / "polyphony.json"
     file.write_text(tiny_config.model_dump_json())
     with pytest.raises(ConfigError, match=r"options of this run: .*tie_breaker"):
-        _ = Polyphony(config_file=str(file), tie_policy=TiePolicy.TIE_BREAKER).config
+        _ = Polyphony(config_file=str(file), tie_policy=TiePolicy.tie_breaker).config
 
 
 def test_a_tie_policy_of_one_run_is_refused_by_readers_under_the_configurations_own(
@@ -101,7 +103,7 @@ def test_a_tie_policy_of_one_run_is_refused_by_readers_under_the_configurations_
 
     assert materialize("active_scores", "margins", "calibration", "consensus", "smoothed", "minority").success
     before = store.require("consensus").fingerprint
-    assert materialize("consensus", tie_policy=TiePolicy.DROP).success
+    assert materialize("consensus", tie_policy=TiePolicy.drop).success
     assert store.require("consensus").fingerprint != before
     failed = materialize("preferences")
     assert not failed.success

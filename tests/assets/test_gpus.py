@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from assets import gpus
+from assets.resources import Polyphony
 from pipelines.config import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -205,6 +206,26 @@ def test_an_index_and_a_uuid_of_one_gpu_are_one_lock(monkeypatch, tmp_path):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
         with gpus.lease("auto") as two:
             assert two.gpus == ("1",)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1,GPU-2,GPU-2")
+        with gpus.lease("auto") as three:
+            assert three.gpus == ("GPU-2",)
+
+
+def test_a_gpu_that_is_named_twice_is_one(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,3")
+    assert gpus.visible() == ["3"]
+
+
+def test_a_step_of_this_process_uses_the_cpu_where_torch_cannot_use_the_gpus(monkeypatch, tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho '0, GPU-11'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("POLYPHONY_GPU_LEASES", str(tmp_path / "leases"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with Polyphony().on_device("training", print) as config:
+        assert config.training.device == "cpu"
 
 
 @pytest.mark.parametrize(

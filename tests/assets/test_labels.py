@@ -117,3 +117,19 @@ def test_the_label_card_is_shown_and_lies_in_the_store(metadata, config):
 def test_a_second_materialization_finds_the_tables_unchanged(metadata, config):
     again = materialize(config)
     assert [n for n in steps.LABEL_TABLES if not again[n][REUSED].value] == []
+
+
+def test_a_damaged_table_fails_its_check_and_what_comes_after_it_is_not_made(metadata, config, tmp_path):
+    store = Store(str(shutil.copytree(config.store, tmp_path / "store")))
+    with open(store.data_path("consensus"), "wb") as file:
+        file.write(b"no parquet")
+    chosen = [a for a in build_labels(config) if {k.path[-1] for k in a.keys} & {"consensus", "preferences"}]
+    with pytest.MonkeyPatch.context() as patch:
+        copied = config.model_copy(update={"store": store.location})
+        patch.setattr(Polyphony, "config", property(lambda self: copied))
+        result = dg.materialize(
+            chosen, resources={"polyphony": Polyphony()}, instance=dg.DagsterInstance.ephemeral(), raise_on_error=False
+        )
+    assert {e.step_key for e in result.all_events if e.is_step_start} == {"consensus"}
+    failed = {c.check_name for c in result.get_asset_check_evaluations() if not c.passed}
+    assert "schema" in failed

@@ -13,7 +13,15 @@ import dagster as dg
 import psutil
 import pytest
 
-from assets.launchers import KILLED_IS_REPEATED, ProcessClient, only_kills_are_repeated, watched
+from assets.launchers import (
+    BURST_LINES,
+    KILLED_IS_REPEATED,
+    LINE_BYTES,
+    TAIL_LINES,
+    ProcessClient,
+    only_kills_are_repeated,
+    watched,
+)
 from pipelines import config as configuration
 
 ROOT = Path(__file__).parents[2]
@@ -181,6 +189,94 @@ def test_the_process_reads_the_configuration_that_the_step_has(module, tmp_path)
     assert configuration.Config.model_validate(messages[0]) == config
     file = tmp_path / "home" / "launches" / result.run_id / "launched.json"
     assert configuration.load(file) == config
+    assert list(file.parent.iterdir()) == [file]
+    # Options of filesystems may be credentials.
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_message_is_read_when_all_of_it_is_written(module, tmp_path):
+    body = """
+        import json, time
+        from dagster_pipes import PipesFileMessageWriterChannel
+        from pipelines import reporting
+
+        def write_in_two(self, message):
+            text = json.dumps(message) + "\\n"
+            for half in (text[:20], text[20:]):
+                with open(self._path, "a") as file:
+                    file.write(half)
+                time.sleep(0.3)
+
+        PipesFileMessageWriterChannel.write_message = write_in_two
+        with reporting.opened() as tell:
+            tell({"step": 1})
+            tell({"step": 2})
+    """
+    result, _, messages = materialize(tmp_path, module=module("halves", body))
+    assert result.success
+    assert messages == [{"step": 1}, {"step": 2}]
+
+
+def test_a_line_without_an_end_is_shown_in_pieces_and_a_progress_bar_as_a_terminal_shows_it(module, tmp_path):
+    body = f"""
+        import sys
+        print("1 of 2\\r2 of 2")
+        sys.stdout.buffer.write(b"\\xff" + b"x" * (100 * {LINE_BYTES} - 1))
+        raise SystemExit(3)
+    """
+    result, lines, _ = materialize(tmp_path, module=module("endless", body))
+    assert "2 of 2" in lines
+    assert {len(line) for line in lines if line.endswith("x")} == {LINE_BYTES}
+    assert len(failure_of(result).user_failure_data.description) < (TAIL_LINES + 1) * LINE_BYTES
+
+
+def test_of_very_many_lines_some_are_logged_and_the_others_counted(module, tmp_path):
+    body = f"""
+        for i in range(20 * {BURST_LINES}):
+            print("line", i)
+        raise SystemExit("the end")
+    """
+    result, lines, _ = materialize(tmp_path, module=module("many_lines", body))
+    shown = [line for line in lines if line.startswith("line ")]
+    left_out = [int(line.split()[1]) for line in lines if line.startswith("... ")]
+    assert shown[:BURST_LINES] == [f"line {i}" for i in range(BURST_LINES)]
+    assert sum(left_out) + len(shown) + ("the end" in lines) == 20 * BURST_LINES + 1
+    assert left_out
+    assert "the end" in failure_of(result).error.message
+
+
+FAILING_RANK = """
+import os, sys, time
+if "RANK" not in os.environ:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "failing_rank"]
+    os.execve(sys.executable, command, dict(os.environ))
+if os.environ["RANK"] == "0":
+    print("attempt", flush=True)
+    time.sleep(3)
+    raise ValueError("no such pair")
+time.sleep(600)
+"""
+
+
+def test_a_failing_rank_is_a_failure_with_its_own_words_and_is_not_repeated_though_others_were_ended(module, tmp_path):
+    result, lines, _ = materialize(tmp_path, module=module("failing_rank", FAILING_RANK))
+    assert any("Signal 15 (SIGTERM) received by PID" in line for line in lines)
+    assert lines.count("attempt") == 1
+    text = failure_of(result).error.message
+    assert "`failing_rank` ended with status 1" in text
+    assert "ValueError: no such pair" in text
+    assert "Root Cause" in text
+
+
+def test_a_step_may_end_well_without_a_result_though_it_started_a_process(module, tmp_path):
+    name = module("quiet", "pass")
+
+    @dg.multi_asset(specs=[dg.AssetSpec("limited")], can_subset=True)
+    def limited(context):
+        ProcessClient().run(context=context, module=name, log_file=tmp_path / "log.txt")
+        yield from ()
+
+    assert dg.materialize([limited], raise_on_error=False).success
 
 
 def test_a_process_that_ends_leaves_nothing_running(module, tmp_path):

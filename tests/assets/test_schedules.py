@@ -44,9 +44,9 @@ class Project:
         self.file.write_text(self.config.model_dump_json())
         return Polyphony(config_file=str(self.file))
 
-    def tick(self):
-        """Evaluate the schedule; return the requests, or the words of the skipped tick."""
-        (schedule,) = build_schedules(self.config)
+    def tick(self, loaded=None):
+        """Evaluate the schedule; return the requests, or the words of the skipped tick. loaded: configuration of the assets."""
+        (schedule,) = build_schedules(loaded or self.config)
         with dg.build_schedule_context(instance=self.instance, resources={"polyphony": self.resource}) as context:
             found = schedule.evaluate_tick(context)
         return found.run_requests or found.skip_message
@@ -206,3 +206,14 @@ def test_a_scorer_that_was_never_run_is_due_with_every_shard(project, tiny_clip)
     project.config = project.config.model_copy(update={"scorers": (*project.config.scorers, third)})
     (request,) = project.tick()
     assert asked(request) == (["third"], project.keys[0], project.keys[-1])
+
+
+def test_a_scorer_that_the_loaded_assets_do_not_have_is_named_and_the_others_scored(project, tiny_clip):
+    loaded, pickscore = project.config, project.config.scorers[0]
+    third = ScorerConfig(name="third", kind="clip", checkpoint=str(tiny_clip))
+    project.config = loaded.model_copy(update={"scorers": (*loaded.scorers, third)})
+    said = project.tick(loaded)
+    assert "third" in said
+    assert "reload" in said
+    project.forget(pickscore, project.keys[0])
+    assert [asked(r) for r in project.tick(loaded)] == [(["pickscore"], project.keys[0], project.keys[0])]

@@ -1,6 +1,13 @@
 """The scores assets: one per scorer, and one process that decodes once for the selected ones."""
 
+import contextlib
+import signal
+import threading
+import time
+from pathlib import Path
+
 import dagster as dg
+import psutil
 import pytest
 
 from assets.labels import build_labels
@@ -21,7 +28,7 @@ def project_over(tiny_config, tmp_path):
         instance = dg.DagsterInstance.ephemeral()
         instance.add_dynamic_partitions(str(SHARDS.name), keys)
 
-        def run(scorers=None, workers=1, selection=None, labels=False):
+        def run(scorers=None, workers=1, selection=None, labels=False, **options):
             config = tiny_config.model_copy(
                 update={
                     "store": store.location,
@@ -39,6 +46,7 @@ def project_over(tiny_config, tmp_path):
                 instance=instance,
                 selection=None if selection is None else [score_key(s) for s in selection],
                 tags={} if labels else tags,
+                run_config={"ops": {"scores": {"config": options}}} if options else None,
                 raise_on_error=False,
             )
 
@@ -174,3 +182,59 @@ def test_active_scores_switch_only_when_every_shard_is_scored(project, tiny_conf
     assert run().success
     assert run(labels=True).success
     assert store.current_revisions() == {s.name: checkpoints.revision(s) for s in tiny_config.scorers}
+
+
+def test_a_limit_scores_some_shards_by_the_selected_scorers_and_the_next_run_the_others(ingested_copy, project_over):
+    store, keys = ingested_copy
+    run, instance = project_over(store, keys)
+    result = run(selection=["clip"], limit=2, batch_size=3)
+    assert result.success
+    assert {m.partition.rsplit("/", 1)[1] for m in store.manifests("scores")} == set(keys[:2])
+    assert instance.get_materialized_partitions(score_key("clip")) == set(keys[:2])
+    checked = result.get_asset_check_evaluations()
+    assert {e.asset_key for e in checked} == {score_key("clip")}
+    assert all(e.passed for e in checked)
+    before = {m.partition: m.content for m in store.manifests("scores")}
+    assert run(selection=["clip"], limit=len(keys)).success
+    assert instance.get_materialized_partitions(score_key("clip")) == set(keys)
+    after = {m.partition: m.content for m in store.manifests("scores")}
+    assert {p: after[p] for p in before} == before
+
+
+def test_a_dry_run_scores_nothing_and_materializes_nothing(ingested_copy, project_over, tmp_path):
+    store, keys = ingested_copy
+    run, instance = project_over(store, keys)
+    before = {p for p in Path(store.location).rglob("*") if p.is_file()}
+    result = run(dry_run=True)
+    assert result.success
+    assert {p for p in Path(store.location).rglob("*") if p.is_file()} == before
+    assert not store.manifests("scores")
+    assert launches(tmp_path) == []
+    assert result.get_asset_materialization_events() == []
+    assert instance.get_materialized_partitions(score_key("clip")) == set()
+
+
+def kill_one_worker(killed):
+    """Kill the first process of several that score."""
+    for _ in range(4000):
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "spawn_main" in " ".join(process.cmdline()):
+                    process.send_signal(signal.SIGKILL)
+                    killed.append(process.pid)
+                    return
+        time.sleep(0.02)
+
+
+def test_scoring_of_which_one_worker_was_killed_is_repeated_by_itself(ingested_copy, project_over):
+    store, keys = ingested_copy
+    run, instance = project_over(store, keys)
+    killed = []
+    killer = threading.Thread(target=kill_one_worker, args=(killed,))
+    killer.start()
+    result = run(workers=2)
+    killer.join()
+    assert len(killed) == 1
+    assert result.success, [str(e.event_specific_data) for e in result.all_events if e.is_step_failure]
+    assert [e.event_type_value for e in result.all_events].count("STEP_UP_FOR_RETRY") == 1
+    assert instance.get_materialized_partitions(score_key("clip")) == set(keys)

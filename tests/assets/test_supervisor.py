@@ -187,3 +187,31 @@ def test_the_command_does_not_outlive_a_killed_supervisor(start):
     pid = int(started.line())
     started.process.kill()
     assert wait_until_gone([pid]) == []
+
+
+# Forks and exits for ever, so that no look at the processes sees one that still runs when the signal comes.
+RABBIT = """
+import os, sys, time
+until = time.monotonic() + 120
+while time.monotonic() < until:
+    if os.fork():
+        os._exit(0)
+    time.sleep(0.0005)
+    with open(sys.argv[1], "w") as file:
+        file.write("here")
+"""
+
+
+def test_what_forks_and_exits_faster_than_one_can_look_is_ended_too(start, tmp_path):
+    seen = tmp_path / "seen"
+    code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-S', '-c', {RABBIT!r}, {str(seen)!r}]); {SLEEP}"
+    started = start(code)
+    for _ in range(1000):
+        if seen.exists():
+            break
+        time.sleep(0.05)
+    started.process.terminate()
+    assert started.end() == (-15, {"why": "SIGTERM received"})
+    seen.unlink()
+    time.sleep(0.5)
+    assert not seen.exists()

@@ -38,6 +38,23 @@ def home(tmp_path_factory, build_home):
     return made
 
 
+def test_a_dry_run_tells_the_plan_and_writes_and_materializes_nothing(home):
+    def files():
+        return {p: p.stat().st_mtime_ns for p in home.folder.rglob("*") if p.is_file()}
+
+    before = files()
+    result = dg.materialize(
+        [a for a in build_training(home.config) if a.key == trained_key("diffusion_dpo")],
+        resources={"polyphony": Polyphony(config_file=str(home.config_file))},
+        run_config={"ops": {"trained__diffusion_dpo": {"config": {"dry_run": True}}}},
+    )
+    assert files() == before
+    assert result.get_asset_materialization_events() == []
+    (event,) = result.get_asset_observation_events()
+    plan = event.asset_observation_data.asset_observation.metadata["plan"].value
+    assert "diffusion_dpo" in plan
+
+
 def rows_of(home):
     return [
         json.loads(line)
@@ -78,4 +95,4 @@ def test_a_killed_trainer_is_repeated_by_itself_and_resumes_from_its_checkpoint(
     curve = {o.metadata["step"].value: o.metadata for o in observed if "loss" in o.metadata}
     assert set(curve) >= {10, 15, 16}
     assert {"loss", "implicit_accuracy", "margin", "gradient_norm", "drift", "pairs_per_second"} <= set(curve[16])
-    assert any("validation_implicit_accuracy_human" in o.metadata for o in observed)
+    assert any("validation implicit_accuracy_human" in o.metadata for o in observed)

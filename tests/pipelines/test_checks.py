@@ -548,6 +548,28 @@ def test_the_sample_stays_when_options_and_votes_change_and_pairs_that_leave_are
     assert failed(store, config, "frozen_labels") == set()
 
 
+def test_a_sample_of_which_every_pair_left_warns_with_what_draws_another_one(made_copy):
+    store, config, keys = made_copy
+    for table in ("frozen_sample", "frozen_labels"):
+        shutil.rmtree(store.path(table))
+    first, rest = keys[:1], keys[1:]
+    catalogue.build(store, first)
+    label(store, config, first)
+    assert failed(store, config, "drift") == set()
+    catalogue.build(store, rest)
+    label(store, config, rest)
+    sample = store.read(schemas.FROZEN_SAMPLE)
+    assert len(sample.join(catalogue.all_pairs(store).collect(), on="pair_id")) == 0
+    found = of(store, config, "drift")["drift_accuracy"]
+    assert not found.passed
+    assert f"all {len(sample)} pairs of the frozen sample left the store" in found.description
+    for table in ("frozen_sample", "frozen_labels"):
+        shutil.rmtree(store.path(table))
+    label(store, config, rest)
+    assert failed(store, config, "drift") == set()
+    assert drift_of(store)["pairs"].max() > 0
+
+
 def test_a_change_of_the_tie_policy_is_drift_of_the_consensus_alone(made_copy):
     store, config, keys = made_copy
     config = config.model_copy(update={"labels": LabelsConfig(tie_policy="drop")})

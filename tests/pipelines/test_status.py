@@ -5,11 +5,13 @@ import os
 import shutil
 from pathlib import Path
 
+import botocore.exceptions
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 
 from pipelines import accounting, catalogue, ingest, schemas, status, steps, stored
-from pipelines.config import ConfigError, LabelsConfig, ScorerConfig, small_world
+from pipelines.config import ConfigError, LabelsConfig, ScorerConfig, SourceConfig, small_world
 from pipelines.scoring import batches, report, workers
 from pipelines.sources import SourceError
 from pipelines.tables import Failure, Store
@@ -187,6 +189,21 @@ def test_a_source_that_cannot_be_listed_is_told_and_its_shards_count_as_they_lie
     assert "make the source readable" in found["raw_sources"].press
     assert (found["votes"].expected, found["votes"].done) == (before, before)
     assert not_current(copied) == ["raw_sources"]
+
+
+@pytest.mark.parametrize("layout", ["auto", "pickapic"])
+def test_a_source_in_a_bucket_whose_service_refuses_is_told_and_the_others_are_looked_at(copied, layout, monkeypatch):
+    def refuse(self, path, *arguments, **options):
+        raise botocore.exceptions.NoCredentialsError
+
+    for name in ("find", "info", "ls", "isdir", "isfile", "exists"):
+        monkeypatch.setattr(s3fs.S3FileSystem, name, refuse)
+    away = SourceConfig(name="away", layout=layout, location="s3://bucket/away")
+    found = state(copied.model_copy(update={"sources": (*copied.sources, away)}))
+    assert found["raw_sources"].missing == ("away",)
+    assert "s3://bucket/away" in found["raw_sources"].because
+    assert "Unable to locate credentials" in found["raw_sources"].because
+    assert found["votes"].is_current
 
 
 def test_a_shard_that_cannot_be_read_is_remembered_as_failed_until_it_is_ingested(copied):
