@@ -6,7 +6,7 @@ import shutil
 import dagster as dg
 import pytest
 
-from assets.jobs import RESCORE
+from assets.jobs import RELABEL, RESCORE
 from assets.partitions import SHARDS
 from assets.resources import Polyphony
 from assets.schedules import RANGE_END, RANGE_START, THEN_RELABEL, build_schedules, ranges
@@ -46,7 +46,7 @@ class Project:
 
     def tick(self, loaded=None):
         """Evaluate the schedule; return the requests, or the words of the skipped tick. loaded: configuration of the assets."""
-        (schedule,) = build_schedules(loaded or self.config)
+        schedule, _ = build_schedules(loaded or self.config)
         with dg.build_schedule_context(instance=self.instance, resources={"polyphony": self.resource}) as context:
             found = schedule.evaluate_tick(context)
         return found.run_requests or found.skip_message
@@ -105,7 +105,9 @@ def test_nothing_due_is_a_skipped_tick_that_says_so(project):
 
 
 def test_the_schedule_is_off_until_somebody_switches_it_on(project):
-    (schedule,) = build_schedules(project.config)
+    schedule, relabelling = build_schedules(project.config)
+    assert relabelling.default_status is dg.DefaultScheduleStatus.STOPPED
+    assert (relabelling.cron_schedule, relabelling.job_name) == (project.config.automation.relabel_cron, RELABEL)
     assert schedule.default_status == dg.DefaultScheduleStatus.STOPPED
     assert (schedule.cron_schedule, schedule.job_name) == (project.config.automation.rescore_cron, RESCORE)
 
