@@ -41,7 +41,8 @@ class ScoringOptions(ShardOptions):
     workers: int = Field(
         default=-1,
         ge=-1,
-        description="Processes that score, instead of scoring.workers; 0: one per GPU; -1: as configured.",
+        description="Processes that score, instead of scoring.workers; 0: one per GPU; -1: as configured. "
+        "It leases as many GPUs, and waits for them; the step's pool is that of the configuration.",
     )
 
     def applied(self, config: Config) -> Config:

@@ -23,7 +23,7 @@ import tempfile
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +91,7 @@ class ProcessClient(dg.PipesClient):
         module: str,
         log_file: Path,
         arguments: Sequence[str] = (),
-        extras: dict[str, Any] | None = None,
         config: Config | None = None,
-        environment: Mapping[str, str] | None = None,
         on_message: Callable[[Any], None] = lambda message: None,
         device: str = "cpu",
         processes: int = 1,
@@ -113,9 +111,7 @@ class ProcessClient(dg.PipesClient):
             DagsterExecutionInterruptedError: the step was interrupted, or a Dagster process above it is gone.
         """
         step = step_name(context)
-        given = dict(environment or {})
-        if config is not None:
-            given[CONFIG_VARIABLE] = str(_write_config(config, context.run.run_id, step))
+        given = {} if config is None else {CONFIG_VARIABLE: str(_write_config(config, context.run.run_id, step))}
         if not supervisor.IS_LINUX:
             context.log.info(
                 f"{sys.platform}: only the process group of {module} is ended with this step, not what leaves the group, "
@@ -126,7 +122,7 @@ class ProcessClient(dg.PipesClient):
                 device, processes, holder=f"(run {context.run.run_id}, step {step})", progress=context.log.info
             ) as found,
             dg.open_pipes_session(
-                _without_results(context), dg.PipesTempFileContextInjector(), reader := _MessageReader(), extras=extras
+                _without_results(context), dg.PipesTempFileContextInjector(), reader := _MessageReader()
             ) as session,
         ):
             if found.gpus:

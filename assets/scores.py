@@ -53,10 +53,11 @@ def build_scores(config: Config) -> dg.AssetsDefinition:
             selected = [s for s in present.scorers if score_key(s.name) in context.selected_asset_keys]
             found = found_done(store, selected, context.partition_keys)
             chosen = forms.choose(context, config, lambda key: _is_in_all(key, found))
-            due = [k for k in chosen.keys if not _is_in_all(k, found)]
             if config.dry_run:
-                context.log.info(_forecast(context, present, selected, due))
+                # It finds out itself what is left, inside shards too.
+                context.log.info(_forecast(context, present, selected, context.partition_keys))
                 return
+            due = [k for k in chosen.keys if not _is_in_all(k, found)]
             try:
                 score(context, present, selected, chosen.keys, due)
             except dg.Failure:

@@ -91,7 +91,6 @@ class Specs:
         code_version: str,
         description: str | None = None,
         partition: str = "",
-        metadata: dict[str, Any] | None = None,
         tags: dict[str, str] | None = None,
         **more: Any,
     ) -> dict[str, Any]:
@@ -103,7 +102,7 @@ class Specs:
         of_scorers = table.of(self.scorers)
         is_whole = table.cut_by == "whole" or partition != ""
         uri = self._store.data_path(table.name, partition or "all") if is_whole else self._store.path(table.name)
-        facts = {**meta.spec_metadata(of_scorers), "dagster/uri": uri, **self._lineage(table.name), **(metadata or {})}
+        facts = {**meta.spec_metadata(of_scorers), "dagster/uri": uri, **self._lineage(table.name)}
         return self.of(
             group,
             kinds=kinds,

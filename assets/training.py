@@ -23,7 +23,6 @@ from trainers import versions
 from trainers.recipes import Inversion, Recipe, recipes_in_order
 
 if TYPE_CHECKING:
-    from trainers.loop import Trained
     from trainers.steps import Training
 
 OBSERVE_EVERY_STEPS = 5
@@ -169,8 +168,15 @@ def _trained(specs: Specs, recipe: Recipe) -> dg.AssetsDefinition:
                     f"{recipe.name}: the trainer ended without committing its model; see {run.folder / 'log.txt'}",
                     allow_retries=False,
                 )
-            metadata = _metadata(store, recipe.name, finished, existing is not None)
             found = checks.results(store, present, key, table, [finished.metrics])
+            metadata = {
+                **meta.of_builts(store, table, [finished.metrics]),
+                "model": dg.MetadataValue.path(str(finished.model)),
+                "pairs": finished.metrics.manifest.extra["pairs"],
+                meta.REUSED: dg.MetadataValue.bool(existing is not None),
+            }
+            if checks.can_be_read(found):
+                metadata |= _curves(store, recipe.name)
             yield dg.MaterializeResult(asset_key=key, metadata=metadata, check_results=found)
 
     return trained
@@ -211,20 +217,17 @@ def _observer(context: dg.AssetExecutionContext, key: dg.AssetKey) -> Callable[[
     return observe
 
 
-def _metadata(store: Store, recipe: str, finished: "Trained", is_unchanged: bool) -> dict[str, Any]:
+def _curves(store: Store, recipe: str) -> dict[str, Any]:
+    """Return what is read from a run's tables: means of the last quarter, the last validation, the curves."""
     from trainers import report
 
     metrics = store.read(schemas.TRAINING_METRICS, recipe)
     validations = store.read(schemas.TRAINING_VALIDATIONS, recipe)
     last = metrics.tail(max(1, len(metrics) // 4))
     return {
-        **meta.of_builts(store, schemas.TRAINING_METRICS, [finished.metrics]),
         **meta.numbers(_known(last.select("loss", "implicit_accuracy", "pairs_per_second").mean())),
         **meta.numbers(_last_validation(validations)),
-        "model": dg.MetadataValue.path(str(finished.model)),
-        "pairs": finished.metrics.manifest.extra["pairs"],
         "curves": meta.picture(report.training_plot(metrics, recipe, validations), "curves"),
-        meta.REUSED: dg.MetadataValue.bool(is_unchanged),
     }
 
 

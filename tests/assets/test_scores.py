@@ -1,6 +1,7 @@
 """The scores assets: one per scorer, and one process that decodes once for the selected ones."""
 
 import contextlib
+import re
 import signal
 import threading
 import time
@@ -208,6 +209,11 @@ def test_a_dry_run_scores_nothing_and_materializes_nothing(ingested_copy, projec
     result = run(dry_run=True)
     assert result.success
     assert {p for p in Path(store.location).rglob("*") if p.is_file()} == before
+    said = "\n".join(e.user_message for e in instance.all_logs(result.run_id))
+    pairs = store.require("catalogue_scorables").rows
+    for scorer in ("pickscore", "clip"):
+        (line,) = re.findall(rf"^{scorer} .*$", said, re.MULTILINE)
+        assert re.search(rf" {pairs:,} +{pairs:,} +{len(keys)} ", line), line
     assert not store.manifests("scores")
     assert launches(tmp_path) == []
     assert result.get_asset_materialization_events() == []
